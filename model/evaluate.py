@@ -1,0 +1,104 @@
+"""Decode a set of pairs with any step model, and score the answers. Torch-free, so that a bundle is scored likewise."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from model.errors import DataError
+from model.metrics import group_references, score_answers
+from model.pairs import Pair
+from model.search import SearchOptions, StepModel, search
+from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        metrics: wer and per, or bleu and chrf, in percent.
+        sources: the distinct sources (g2p) or all of them in order (text).
+        answers: the best hypothesis of each.
+        too_long: sources over the model's limit; they count as answered with nothing.
+    """
+
+    metrics: Mapping[str, float]
+    sources: list[str]
+    answers: list[str]
+    too_long: int
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A step model with its tokenizers and limits: text in, text out."""
+
+    model: StepModel
+    source: Tokenizer
+    target: Tokenizer
+    longest_source: int
+    longest_target: int
+
+    def answers(
+        self,
+        texts: Sequence[str],
+        beam_size: int = 1,
+        length_penalty: float = 1.0,
+        batch_tokens: int = 4000,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> tuple[list[str], int]:
+        """The best answer to each text, and how many texts were over the limit (their answer is empty).
+
+        Args:
+            texts: sources.
+            beam_size: 1 for greedy search.
+            length_penalty: see `SearchOptions`.
+            batch_tokens: most padded source tokens, times beams, decoded together.
+            progress: told of each batch's number of texts when it is done.
+        """
+        encoded = self.source.encode_ids(texts)
+        order = sorted(
+            (index for index, ids in enumerate(encoded) if len(ids) <= self.longest_source),
+            key=lambda index: len(encoded[index]),
+        )
+        options = SearchOptions(longest=self.longest_target, beam_size=beam_size, length_penalty=length_penalty)
+        answers = [""] * len(texts)
+        while order:
+            count = max(1, batch_tokens // beam_size // len(encoded[order[min(len(order), batch_tokens) - 1]]))
+            batch, order = order[:count], order[count:]
+            found = search(self.model, [encoded[index] for index in batch], [options] * len(batch))
+            for index, hypotheses in zip(batch, found, strict=True):
+                answers[index] = self.target.decode(hypotheses[0].tokens)
+            progress(len(batch))
+        return answers, sum(len(ids) > self.longest_source for ids in encoded)
+
+
+def evaluate(
+    decoder: Decoder,
+    task: str,
+    pairs: Sequence[Pair],
+    beam_size: int = 1,
+    length_penalty: float = 1.0,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Score a decoder on pairs.
+
+    Args:
+        decoder: from a checkpoint (PyTorch) or a bundle (ONNX Runtime).
+        task: "g2p" groups pairs by source (any reference counts) and gives wer and per; "text" takes pairs one by one
+            and gives bleu and chrf.
+        pairs: the test set.
+        beam_size: 1 for greedy search.
+        length_penalty: see `SearchOptions`.
+        progress: told of each batch's number of sources when it is done.
+
+    Raises:
+        DataError: there are no pairs.
+    """
+    if not pairs:
+        raise DataError("nothing to evaluate: no pairs")
+    if task == "g2p":
+        grouped = group_references(pairs)
+        sources, references = list(grouped), list(grouped.values())
+    else:
+        sources, references = [pair.source for pair in pairs], [[pair.target] for pair in pairs]
+    answers, too_long = decoder.answers(sources, beam_size, length_penalty, progress=progress)
+    return Evaluation(score_answers(task, answers, references), sources, answers, too_long)

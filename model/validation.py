@@ -1,0 +1,106 @@
+"""How good a network is in the middle of its training: loss on all validation pairs, a metric on some, a picture."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from model.batches import Batch, Example, bucket, collate
+from model.config import Config
+from model.evaluate import Decoder, evaluate
+from model.pairs import Pair
+from model.picture import AttentionPicture
+from model.search import score
+from model.tokenizer import PAD, Tokenizer
+from model.torch_steps import TorchStepModel
+from model.transformer import Transformer
+
+PICTURE_LENGTH = 40
+"""Most tokens of a pair whose attention is pictured: beyond it the picture says little at TensorBoard's size."""
+
+
+class Validation:
+    """Measures a network on the validation part.
+
+    Args:
+        config: of the run.
+        pairs: the validation pairs.
+        examples: the same, encoded, without those over the limits.
+        source: source tokenizer.
+        target: target tokenizer.
+        device: where the network computes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pairs: Sequence[Pair],
+        examples: Sequence[Example],
+        source: Tokenizer,
+        target: Tokenizer,
+        device: torch.device,
+    ) -> None:
+        self._config, self._source, self._target, self._device = config, source, target, device
+        count = min(config.training.validation_pairs, len(pairs))
+        chosen = sorted(random.Random(0).sample(range(len(pairs)), count))
+        self._pairs = [pairs[index] for index in chosen]
+        batches = bucket(examples, 4000, seed=0, epoch=0)
+        self._batches = [collate([examples[index] for index in batch]) for batch in batches]
+        short = (example for example in examples if max(map(len, example)) <= PICTURE_LENGTH)
+        self._pictured = max(short, key=lambda example: len(example.source), default=None)
+
+    def measure(self, model: Transformer) -> dict[str, float]:
+        """Loss (natural logarithm, a token, without label smoothing) and the metrics of the task, in percent."""
+        was_training = model.training
+        model.eval()
+        decoder = Decoder(
+            TorchStepModel(model),
+            self._source,
+            self._target,
+            self._config.model.longest_source,
+            self._config.model.longest_target,
+        )
+        metrics = evaluate(decoder, self._config.task, self._pairs).metrics
+        measured = {"loss": self._loss(model), **metrics}
+        model.train(was_training)
+        return measured
+
+    def picture(self, model: Transformer) -> AttentionPicture | None:
+        """Cross-attention over one fixed validation pair; None if every pair is too long to picture."""
+        if self._pictured is None:
+            return None
+        was_training = model.training
+        model.eval()
+        source, target = self._pictured
+        weights = score(TorchStepModel(model), [source], [target])[0].cross_attention
+        model.train(was_training)
+        layers, heads = weights.shape[:2]
+        return AttentionPicture(
+            family="cross",
+            layers=tuple(range(layers)),
+            heads=tuple(range(heads)),
+            rows=tuple(map(self._target.token_text, target)),
+            columns=tuple(map(self._source.token_text, source)),
+            weights=weights,
+        )
+
+    @torch.inference_mode()
+    def _loss(self, model: Transformer) -> float:
+        total, tokens = 0.0, 0
+        for batch in self._batches:
+            total += token_loss(model, batch.to(self._device), 0.0).item()
+            tokens += batch.target_tokens
+        return total / tokens
+
+
+def token_loss(model: torch.nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
+    """Cross-entropy summed over the batch's target tokens (5.4 for the smoothing)."""
+    output = model(batch.source_ids, batch.source_mask, batch.target_ids)
+    return cross_entropy(
+        output.logits.flatten(0, 1).float(),
+        batch.next_ids.flatten(),
+        ignore_index=PAD,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
