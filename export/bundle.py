@@ -1,0 +1,149 @@
+"""Write a bundle: export, quantise, verify, and only then let the folder appear.
+
+    checkpoint ── trace ── fp32 graphs ── quantise ── int8 graphs ── verify both against PyTorch ── rename into place
+"""
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from export.graphs import TOP_INPUT, TOP_OUTPUTS, Exported, ExampleSizes, decoder_graph, encoder_graph
+from export.manifest import (
+    MANIFEST,
+    FamilyShape,
+    GraphSpec,
+    Graphs,
+    Limits,
+    Manifest,
+    Precision,
+    Provenance,
+    describe_file,
+)
+from export.onnx_writer import OPSET, add_top, quantise, save_graphs, trace
+from export.runtime import OnnxStepModel
+from export.verify import Parity, verify
+from model.checkpoint import SOURCE_TOKENIZER, TARGET_TOKENIZER, WEIGHTS, Checkpoint, atomic_folder, load_checkpoint
+from model.pairs import Pair
+
+CARD = "MODEL_CARD.md"
+"""The model card travels with the model."""
+
+VERSIONED = ("limelight", "torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
+"""Packages whose versions the manifest records."""
+
+Told = Callable[[str, int], None]
+
+
+def export_bundle(
+    checkpoint_folder: Path,
+    bundle: Path,
+    pairs: Sequence[Pair],
+    version: str | None = None,
+    progress: Told = lambda what, count: None,
+) -> tuple[Manifest, Parity]:
+    """Export a checkpoint in float32 and int8.
+
+    Args:
+        checkpoint_folder: what to export.
+        bundle: where to; replaced if it exists, once the new one is verified.
+        pairs: validation pairs, decoded by PyTorch and by every precision.
+        version: of the model; by default the first twelve digits of its weights' checksum.
+        progress: told what is being done, and how many more sources were decoded in it.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        VerificationError: the graphs differ from the checkpoint; nothing is written.
+    """
+    checkpoint = load_checkpoint(checkpoint_folder)
+    digest = describe_file(checkpoint_folder / WEIGHTS).sha256
+    with atomic_folder(bundle) as folder:
+        graphs = _write_graphs(checkpoint, folder, progress)
+        checkpoint.source.save(folder / SOURCE_TOKENIZER)
+        checkpoint.target.save(folder / TARGET_TOKENIZER)
+        if (checkpoint_folder / CARD).is_file():
+            shutil.copyfile(checkpoint_folder / CARD, folder / CARD)
+        manifest = _describe(checkpoint, folder, graphs, digest, version or digest[:12])
+        models = {precision: OnnxStepModel(folder, manifest, precision) for precision in graphs}
+        parity = verify(checkpoint, models, pairs, progress)
+        manifest = _with_findings(manifest, parity)
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return manifest, parity
+
+
+def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[Precision, Graphs]:
+    sizes = ExampleSizes()
+    progress("tracing the encoder", 0)
+    encoder = encoder_graph(checkpoint.model, len(checkpoint.source), sizes)
+    traced = {"encoder": trace(encoder)}
+    progress("tracing the decoder", 0)
+    decoder = decoder_graph(checkpoint.model, len(checkpoint.target), sizes)
+    traced["decoder"] = add_top(trace(decoder))
+    decoder = decoder._replace(inputs=(*decoder.inputs, TOP_INPUT), outputs=(*decoder.outputs, *TOP_OUTPUTS))
+    progress("quantising", 0)
+    quantised = {name: _quantised(model) for name, model in traced.items()}
+    for precision, models in (("fp32", traced), ("int8", quantised)):
+        save_graphs(folder / precision, {f"{name}.onnx": model for name, model in models.items()})
+    return {"fp32": _specs("fp32", encoder, decoder), "int8": _specs("int8", encoder, decoder)}
+
+
+def _quantised(model: onnx.ModelProto) -> onnx.ModelProto:
+    with TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "whole.onnx"
+        onnx.save(model, whole)
+        return quantise(whole, Path(temporary) / "quantised.onnx")
+
+
+def _specs(precision: Precision, encoder: Exported, decoder: Exported) -> Graphs:
+    encoder_spec, decoder_spec = (
+        GraphSpec(file=f"{precision}/{name}.onnx", inputs=exported.inputs, outputs=exported.outputs)
+        for name, exported in (("encoder", encoder), ("decoder", decoder))
+    )
+    return Graphs(encoder=encoder_spec, decoder=decoder_spec)
+
+
+def _describe(
+    checkpoint: Checkpoint, folder: Path, graphs: Mapping[Precision, Graphs], digest: str, version: str
+) -> Manifest:
+    config, shape = checkpoint.config, checkpoint.config.model
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    decoder = FamilyShape(layers=shape.decoder_layers, heads=shape.heads)
+    return Manifest(
+        name=config.name,
+        version=version,
+        task=config.task,
+        architecture="transformer",
+        source_vocabulary=len(checkpoint.source),
+        target_vocabulary=len(checkpoint.target),
+        limits=Limits(longest_source=shape.longest_source, longest_target=shape.longest_target),
+        attention={
+            "encoder": FamilyShape(layers=shape.encoder_layers, heads=shape.heads),
+            "decoder": decoder,
+            "cross": decoder,
+        },
+        source_tokenizer=SOURCE_TOKENIZER,
+        target_tokenizer=TARGET_TOKENIZER,
+        graphs=dict(graphs),
+        files={path.relative_to(folder).as_posix(): describe_file(path) for path in files},
+        provenance=Provenance(
+            checkpoint_sha256=digest,
+            data=config.data.model_dump(mode="json"),
+            training=dict(checkpoint.metrics),
+            quality={},
+            parity={},
+            opset=OPSET,
+            versions={name: importlib.metadata.version(name) for name in VERSIONED},
+        ),
+    )
+
+
+def _with_findings(manifest: Manifest, parity: Parity) -> Manifest:
+    findings = {
+        precision: {**differences, "answers": float(parity.answers), "equal_answers": float(parity.equal[precision])}
+        for precision, differences in parity.differences.items()
+    }
+    provenance = manifest.provenance.model_copy(update={"quality": parity.quality, "parity": findings})
+    return manifest.model_copy(update={"provenance": provenance})

@@ -1,0 +1,161 @@
+"""`limelight export` and `limelight evaluate`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from export.manifest import MANIFEST, Manifest, Precision, check_files, read_manifest
+from model.config import Config, Data, PairFiles, PairsData, load_config, override_data
+from model.evaluate import Decoder, Evaluation, evaluate as measure
+from model.pairs import Pair, read_files, read_pairs
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace one value of the data section, for example data.folder=PATH."),
+]
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder to export.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder to write; replaced once the new one is verified.")],
+    settings: Settings = None,
+    validation_pairs: Annotated[
+        int | None, typer.Option(min=1, help="Validation pairs to decode for the comparison [default: all].")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option(help="Version of the model [default: from the checksum of its weights].")
+    ] = None,
+) -> None:
+    """Export a checkpoint to a bundle, in float32 and int8, verified against PyTorch before it is written."""
+    console = Console()
+    config = load_config(checkpoint / "config.json") if (checkpoint / "config.json").is_file() else None
+    pairs = [] if config is None else _pairs(override_data(config.data, settings or ()), "validation", validation_pairs)
+    from export.bundle import export_bundle
+
+    with console.status("reading the checkpoint") as status:
+        manifest, parity = export_bundle(
+            checkpoint, bundle, pairs, version, lambda what, count: status.update(what if not count else f"decoding: {what}")
+        )
+    console.print(parity_table(manifest))
+    size = {precision: sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(precision)) for precision in manifest.graphs}
+    sizes = ", ".join(f"{precision} {count / 1e6:.1f} MB" for precision, count in size.items())
+    console.print(f"[bold]{bundle}[/bold]: {manifest.name} {manifest.version}, {sizes}; {parity.answers:,} sources decoded")
+
+
+def parity_table(manifest: Manifest) -> Table:
+    """The figures of the verification, as they stand in the manifest."""
+    table = Table(title="Exported against PyTorch: largest differences, and answers on the validation set")
+    precisions = list(manifest.graphs)
+    table.add_column("")
+    table.add_column("PyTorch", justify="right")
+    for precision in precisions:
+        table.add_column(precision, justify="right")
+    parity, quality = manifest.provenance.parity, manifest.provenance.quality
+    for name in ("log_probabilities", "encoder_attention", "decoder_attention", "cross_attention"):
+        table.add_row(name.replace("_", " "), "", *(f"{parity[precision][name]:.1e}" for precision in precisions))
+    equal = [f"{parity[precision]['equal_answers']:.0f} of {parity[precision]['answers']:.0f}" for precision in precisions]
+    table.add_row("equal answers", "", *equal)
+    for metric, value in quality["torch"].items():
+        table.add_row(metric.upper(), f"{value:.2f}", *(f"{quality[precision][metric]:.2f}" for precision in precisions))
+    return table
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint (run by PyTorch) or bundle (run by ONNX Runtime).")],
+    part: Annotated[Literal["validation", "test"], typer.Option(help="Which part of the model's own data.")] = "validation",
+    source: Annotated[Path | None, typer.Option(help="File of source lines, instead of the model's data.")] = None,
+    target: Annotated[Path | None, typer.Option(help="File of target lines.")] = None,
+    tsv: Annotated[Path | None, typer.Option(help="TSV file of pairs, instead of the model's data.")] = None,
+    settings: Settings = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
+    beam_size: Annotated[int, typer.Option("--beam-size", "-b", min=1, max=16, help="1 is greedy search.")] = 1,
+    length_penalty: Annotated[float, typer.Option(min=0, max=10, help="See the README on search.")] = 1.0,
+    precision: Annotated[Literal["fp32", "int8"], typer.Option(help="Of a bundle.")] = "fp32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime [default: all there are].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write source, answer and references as TSV.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Score a checkpoint or a bundle: word and phoneme error rate (g2p), or BLEU and chrF (text)."""
+    decoder, task, data = _load(model, precision, threads)
+    if tsv or source or target:
+        pairs: Sequence[Pair] = read_files(PairFiles(source=source, target=target, tsv=tsv))[:limit]
+    else:
+        pairs = _pairs(override_data(data, settings or ()), part, limit)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task_id = progress.add_task("decoding", total=len({pair.source for pair in pairs}) if task == "g2p" else len(pairs))
+        found = measure(
+            decoder, task, pairs, beam_size, length_penalty, lambda count: progress.advance(task_id, count)
+        )
+    if output:
+        _write_answers(output, found, pairs)
+    _print(model, found, beam_size, as_json=as_json)
+
+
+def _load(model: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
+    if (model / MANIFEST).is_file():
+        return _load_bundle(model, precision, threads)
+    from model.checkpoint import load_checkpoint
+    from model.torch_steps import TorchStepModel
+
+    checkpoint = load_checkpoint(model)
+    config = checkpoint.config
+    decoder = Decoder(
+        TorchStepModel(checkpoint.model),
+        checkpoint.source,
+        checkpoint.target,
+        config.model.longest_source,
+        config.model.longest_target,
+    )
+    return decoder, config.task, config.data
+
+
+def _load_bundle(bundle: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
+    import os
+
+    from export.runtime import OnnxStepModel, RuntimeOptions
+    from model.tokenizer import Tokenizer
+
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    options = RuntimeOptions(threads=threads or len(os.sched_getaffinity(0)))
+    decoder = Decoder(
+        OnnxStepModel(bundle, manifest, precision, options),
+        Tokenizer.load(bundle / manifest.source_tokenizer),
+        Tokenizer.load(bundle / manifest.target_tokenizer),
+        manifest.limits.longest_source,
+        manifest.limits.longest_target,
+    )
+    return decoder, manifest.task, cast("Any", Config.model_validate({"data": manifest.provenance.data})).data
+
+
+def _pairs(data: Data, part: Literal["validation", "test"], limit: int | None) -> list[Pair]:
+    if part == "test" and isinstance(data, PairsData) and data.test is None:
+        typer.echo("the model's data has no test part: scoring validation instead needs --part validation", err=True)
+    return read_pairs(data, part).pairs[:limit]
+
+
+def _write_answers(path: Path, found: Evaluation, pairs: Sequence[Pair]) -> None:
+    references: dict[str, list[str]] = {}
+    for pair in pairs:
+        references.setdefault(pair.source, []).append(pair.target)
+    rows = (
+        "\t".join((source, answer, *references[source]))
+        for source, answer in zip(found.sources, found.answers, strict=True)
+    )
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+def _print(model: Path, found: Evaluation, beam_size: int, *, as_json: bool) -> None:
+    if as_json:
+        values = {"model": str(model), "sources": len(found.sources), "too_long": found.too_long, "beam_size": beam_size}
+        typer.echo(json.dumps(values | dict(found.metrics)))
+        return
+    figures = "  ".join(f"{name.upper()} {value:.2f}" for name, value in found.metrics.items())
+    too_long = f", {found.too_long} of them too long and answered with nothing" if found.too_long else ""
+    typer.echo(f"{figures}  ({len(found.sources):,} sources{too_long}; beam {beam_size})")

@@ -1,0 +1,172 @@
+"""The exported modules, and their inputs and outputs as data.
+
+The encoder runs once a batch, the decoder once a step. Between them go each decoder layer's cross keys and values
+(`memory.*`, one a sentence), and from step to step its self-attention keys and values (`state.*`, one a row). Each has a
+role and named axes in the manifest, so whoever runs the graphs need not know what they hold.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from export.manifest import TensorSpec
+from model.config import ModelConfig
+from model.layers import KeyValue
+from model.transformer import Transformer
+
+
+class Exported(NamedTuple):
+    """A module ready to be exported."""
+
+    module: nn.Module
+    example: tuple[Any, ...]
+    """Arguments that it is traced with."""
+    inputs: tuple[TensorSpec, ...]
+    """One for each tensor in the arguments, in order."""
+    outputs: tuple[TensorSpec, ...]
+    """One for each tensor returned, in order."""
+
+
+class EncoderGraph(nn.Module):
+    """Source ids to memory and encoder attention."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, source_ids: Tensor, source_mask: Tensor) -> tuple[Tensor, ...]:
+        """Returns every layer's memory key and value, then all encoder attention [batch layer head source source]."""
+        encoded = self.model.encode(source_ids, source_mask)
+        return (*_flat(encoded.memory), torch.stack(encoded.attention, 1))
+
+
+class DecoderGraph(nn.Module):
+    """One step: new target positions after a past whose rows are chosen by index."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.decoder = model.decoder
+
+    def forward(
+        self,
+        target_ids: Tensor,
+        positions: Tensor,
+        state_rows: Tensor,
+        source_mask: Tensor,
+        memory: list[Tensor],
+        state: list[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Returns log-probabilities [row new vocabulary], cross- and decoder attention [row layer head new *], state.
+
+        Gathering the state's rows inside the graph serves reordered beams, finished rows and new ones alike.
+        """
+        past = _pairs([tensor.index_select(0, state_rows) for tensor in state])
+        decoded = self.decoder(target_ids, positions, _pairs(memory), source_mask, past)
+        return (
+            decoded.logits.log_softmax(-1),
+            torch.stack(decoded.cross_attention, 1),
+            torch.stack(decoded.decoder_attention, 1),
+            *_flat(decoded.state),
+        )
+
+
+@dataclass(frozen=True)
+class ExampleSizes:
+    """Sizes that the graphs are traced with: all different, so that no two axes can be taken for one."""
+
+    batch: int = 2
+    beam: int = 3
+    source: int = 5
+    past_row: int = 4
+    past: int = 7
+    new: int = 8
+
+
+def encoder_graph(model: Transformer, source_vocabulary: int, sizes: ExampleSizes) -> Exported:
+    """The encoder with its contract."""
+    config = model.config
+    ids = torch.randint(source_vocabulary, (sizes.batch, sizes.source))
+    mask = torch.ones(sizes.batch, sizes.source, dtype=torch.bool)
+    inputs = (_spec("source_ids", "int64", "batch", "source"), _spec("source_mask", "bool", "batch", "source"))
+    attention = ("batch", config.encoder_layers, config.heads, "source", "source")
+    outputs = (*_memory(config), _spec("encoder_attention", "float32", *attention))
+    return Exported(EncoderGraph(model), (ids, mask), inputs, outputs)
+
+
+def decoder_graph(model: Transformer, target_vocabulary: int, sizes: ExampleSizes) -> Exported:
+    """The decoder step with its contract."""
+    config = model.config
+    rows = sizes.batch * sizes.beam
+    keys = (config.heads, config.head_width)
+    example = (
+        torch.randint(target_vocabulary, (rows, sizes.new)),
+        torch.arange(sizes.past, sizes.past + sizes.new).expand(rows, -1).contiguous(),
+        torch.arange(rows) % sizes.past_row,
+        torch.ones(sizes.batch, sizes.source, dtype=torch.bool),
+        [torch.randn(sizes.batch, keys[0], sizes.source, keys[1]) for _ in _memory(config)],
+        [torch.randn(sizes.past_row, keys[0], sizes.past, keys[1]) for _ in _memory(config)],
+    )
+    inputs = (
+        _spec("target_ids", "int64", "row", "new"),
+        _spec("positions", "int64", "row", "new"),
+        _spec("state_rows", "int64", "row"),
+        _spec("source_mask", "bool", "batch", "source"),
+        *_memory(config),
+        *_state(config, "state", "past_row", "past"),
+    )
+    attention = ("row", config.decoder_layers, config.heads, "new")
+    outputs = (
+        _spec("log_probabilities", "float32", "row", "new", target_vocabulary),
+        _spec("cross_attention", "float32", *attention, "source"),
+        _spec("decoder_attention", "float32", *attention, "target"),
+        *_state(config, "next", "row", "target"),
+    )
+    return Exported(DecoderGraph(model), example, inputs, outputs)
+
+
+TOP_INPUT = TensorSpec(name="top", role="top", dtype="int64", axes=(1,))
+"""How many candidates the decoder graph is to return; added to the traced graph by the writer."""
+
+TOP_OUTPUTS = (
+    TensorSpec(name="top_log_probabilities", role="top_log_probabilities", dtype="float32", axes=("row", "new", "top")),
+    TensorSpec(name="top_ids", role="top_ids", dtype="int64", axes=("row", "new", "top")),
+)
+"""The best next tokens, best first: whole vocabularies need not leave the graph."""
+
+
+def _spec(name: Any, dtype: Any, *axes: str | int) -> TensorSpec:
+    return TensorSpec(name=name, role=name, dtype=dtype, axes=axes)
+
+
+def _memory(config: ModelConfig) -> list[TensorSpec]:
+    axes = ("batch", config.heads, "source", config.head_width)
+    return [
+        TensorSpec(name=f"memory.{layer}.{part}", role="memory", dtype="float32", axes=axes)
+        for layer in range(config.decoder_layers)
+        for part in KeyValue._fields
+    ]
+
+
+def _state(config: ModelConfig, prefix: str, row: str, position: str) -> list[TensorSpec]:
+    axes = (row, config.heads, position, config.head_width)
+    names = [f"{layer}.{part}" for layer in range(config.decoder_layers) for part in KeyValue._fields]
+    return [
+        TensorSpec(
+            name=f"{prefix}.{name}",
+            role="state",
+            dtype="float32",
+            axes=axes,
+            feeds=f"state.{name}" if prefix == "next" else None,
+        )
+        for name in names
+    ]
+
+
+def _flat(pairs: list[KeyValue]) -> list[Tensor]:
+    return [tensor for pair in pairs for tensor in pair]
+
+
+def _pairs(tensors: list[Tensor]) -> list[KeyValue]:
+    return [KeyValue(*tensors[index : index + 2]) for index in range(0, len(tensors), 2)]
