@@ -56,7 +56,9 @@ class Examples:
     too_long: int
 
 
-def encode_pairs(pairs: Sequence[Pair], source: Tokenizer, target: Tokenizer, limits: ModelConfig, what: str) -> Examples:
+def encode_pairs(
+    pairs: Sequence[Pair], source: Tokenizer, target: Tokenizer, limits: ModelConfig, what: str
+) -> Examples:
     """Encode pairs, leaving out (and counting) those longer than the model takes.
 
     Raises:

@@ -1,11 +1,11 @@
 """A checkpoint: a folder that describes itself, written whole or not at all.
 
-    model.safetensors            weights
-    config.json                  the whole configuration of the run
-    tokenizer.source.json        Hugging Face tokenizers, offsets included
-    tokenizer.target.json
-    metrics.json                 where in the training it stands, and what it scored
-    training.pt                  optimiser and place in the data, only where training can go on
+model.safetensors            weights
+config.json                  the whole configuration of the run
+tokenizer.source.json        Hugging Face tokenizers, offsets included
+tokenizer.target.json
+metrics.json                 where in the training it stands, and what it scored
+training.pt                  optimiser and place in the data, only where training can go on
 """
 
 import json
@@ -109,7 +109,7 @@ def average_weights(folders: list[Path]) -> dict[str, Tensor]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place, flushed to disk, when the block ends without an error."""
+    """A temporary folder beside `folder` that takes its place, flushed to disk, when the block succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -174,7 +174,9 @@ def _load_weights(model: Transformer, path: Path) -> None:
     parameters = dict(model.named_parameters())
     if weights.keys() != parameters.keys():
         different = sorted(weights.keys() ^ parameters.keys())
-        raise CheckpointError(f"{path}: does not fit its configuration: {len(different)} weights differ, {different[:3]}")
+        raise CheckpointError(
+            f"{path}: does not fit its configuration: {len(different)} weights differ, {different[:3]}"
+        )
     for name, parameter in parameters.items():
         if weights[name].shape != parameter.shape:
             raise CheckpointError(f"{path}: {name} is {tuple(weights[name].shape)}, expected {tuple(parameter.shape)}")

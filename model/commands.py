@@ -9,12 +9,14 @@ from model.config import load_config
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="TOML configuration; the shipped ones are in configs/.")],
+    config: Annotated[Path, typer.Argument(help="TOML configuration; see configs/.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run [default: runs/NAME of the configuration].")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the run; by default runs/NAME, after the configuration."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder, or start if there is none.")
+        bool,
+        typer.Option("--resume", help="Go on from the newest checkpoint in the folder, or start if there is none."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove a run that is in the folder.")] = False,
     settings: Annotated[
@@ -22,7 +24,7 @@ def train(
         typer.Option("--set", help="Replace one value: section.key=value, for example training.updates=2000."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to compute with [default: as PyTorch chooses].")
+        int | None, typer.Option(min=1, help="Threads to compute with; by default as PyTorch chooses.")
     ] = None,
 ) -> None:
     """Train a model on pairs of text; Ctrl-C saves, and --resume goes on.

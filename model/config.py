@@ -250,7 +250,9 @@ class Config(Frozen):
         g2p_metric = self.training.metric in ("wer", "per")
         if self.training.metric != "loss" and g2p_metric != (self.task == "g2p"):
             choices = "loss, wer or per" if self.task == "g2p" else "loss, bleu or chrf"
-            raise ValueError(f"training.metric={self.training.metric!r} does not score task={self.task!r}: use {choices}")
+            raise ValueError(
+                f"training.metric={self.training.metric!r} does not score task={self.task!r}: use {choices}"
+            )
         return self
 
 

@@ -21,7 +21,9 @@ class MissingExtraError(LimelightError):
     """An optional dependency that this command needs is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}, which is not installed: pip install 'limelight[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed: pip install 'limelight[{extra}]'"
+        )
 
 
 class InvalidRequestError(LimelightError):

@@ -78,6 +78,7 @@ def evaluate(
     beam_size: int = 1,
     length_penalty: float = 1.0,
     progress: Callable[[int], None] = lambda count: None,
+    others: Sequence[Pair] = (),
 ) -> Evaluation:
     """Score a decoder on pairs.
 
@@ -89,6 +90,7 @@ def evaluate(
         beam_size: 1 for greedy search.
         length_penalty: see `SearchOptions`.
         progress: told of each batch's number of sources when it is done.
+        others: further right answers to the same sources, see `Pairs.others`; g2p counts them.
 
     Raises:
         DataError: there are no pairs.
@@ -97,6 +99,9 @@ def evaluate(
         raise DataError("nothing to evaluate: no pairs")
     if task == "g2p":
         grouped = group_references(pairs)
+        for other in others:
+            if other.source in grouped:
+                grouped[other.source].append(other.target)
         sources, references = list(grouped), list(grouped.values())
     else:
         sources, references = [pair.source for pair in pairs], [[pair.target] for pair in pairs]

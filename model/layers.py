@@ -19,7 +19,9 @@ class KeyValue(NamedTuple):
     value: Float[Tensor, "row head position width"]
 
 
-def sinusoids(positions: Int[Tensor, "row position"], d_model: int, layout: str) -> Float[Tensor, "row position d_model"]:
+def sinusoids(
+    positions: Int[Tensor, "row position"], d_model: int, layout: str
+) -> Float[Tensor, "row position d_model"]:
     """Positional encoding (3.5): sin and cos of position / 10000^(2i / d_model), computed, so without a longest one.
 
     Args:
@@ -72,8 +74,8 @@ class FeedForward(nn.Module):
 class Residual(nn.Module):
     """The residual connection around a sub-layer, with layer normalisation before it or after the sum (3.1).
 
-        pre:   x ──┬── norm ── sub-layer ── dropout ── + ──►          post:   x ──┬── sub-layer ── dropout ── + ── norm ──►
-                   └───────────────────────────────────┘                          └───────────────────────────┘
+    pre:   x ──┬── norm ── sub-layer ── dropout ── + ──►          post:   x ──┬── sub-layer ── dropout ── + ── norm ──►
+               └───────────────────────────────────┘                          └───────────────────────────┘
     """
 
     def __init__(self, config: ModelConfig) -> None:

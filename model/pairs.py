@@ -36,6 +36,8 @@ class Pairs(NamedTuple):
     """In the order of the file, none of them empty."""
     empty: int
     """Pairs left out because one side or both were empty."""
+    others: tuple[Pair, ...] = ()
+    """Right answers to the same sources that stand in another part: never learnt from here, but right in scoring."""
 
 
 def read_pairs(data: Data, part: Part) -> Pairs:
@@ -45,6 +47,7 @@ def read_pairs(data: Data, part: Part) -> Pairs:
         DataError: a file is missing, is not UTF-8, or has a malformed line; line counts differ; nothing is left.
         MissingExtraError: the built-in dictionary is not installed.
     """
+    others: tuple[Pair, ...] = ()
     match data:
         case CmudictData():
             # Pronunciations that differ in stress alone become one when it is left out.
@@ -52,12 +55,13 @@ def read_pairs(data: Data, part: Part) -> Pairs:
             found = [pair for pair in distinct if _part_of(pair.source, data) == part]
         case Cmudict07bData():
             found = list(_read_cmudict_07b(data.folder, part))
+            others = _other_pronunciations(data.folder, part, found)
         case PairsData():
             files: PairFiles | None = getattr(data, part)
             if files is None:
                 raise DataError(f"data.{part} is not configured: add [data.{part}] with source and target, or tsv")
             found = read_files(files)
-    return _without_empty(found, f"data of kind {data.kind!r}, part {part!r}")
+    return _without_empty(found, f"data of kind {data.kind!r}, part {part!r}")._replace(others=others)
 
 
 def read_files(files: PairFiles) -> list[Pair]:
@@ -74,7 +78,9 @@ def read_files(files: PairFiles) -> list[Pair]:
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """Lines of a text file, gzip if its name ends in .gz, without their ends; only \\n and \\r\\n end a line.
+    """Lines of a text file, gzip if its name ends in .gz, without their ends.
+
+    A line ends with a line feed, or a carriage return and a line feed, and with nothing else.
 
     Raises:
         DataError: the file is missing or damaged, a line is not in the encoding, or holds a token over LONGEST_TOKEN.
@@ -123,7 +129,9 @@ def _read_tsv(path: Path, columns: tuple[int, int]) -> Iterator[Pair]:
             continue
         cells = line.split("\t")
         if len(cells) <= max(columns):
-            raise DataError(f"{path}, line {number}: {len(cells)} columns, but columns={columns} are asked for (from 0)")
+            raise DataError(
+                f"{path}, line {number}: {len(cells)} columns, but columns={columns} are asked for (from 0)"
+            )
         yield Pair(cells[columns[0]], cells[columns[1]])
 
 
@@ -166,12 +174,24 @@ CMUDICT_07B_FILES: dict[Part, str] = {
 """Files of the published split (Microsoft CNTK's example)."""
 
 
+def _cmudict_07b_file(folder: Path, part: Part) -> Path | None:
+    paths = (folder / (CMUDICT_07B_FILES[part] + suffix) for suffix in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _other_pronunciations(folder: Path, part: Part, found: Sequence[Pair]) -> tuple[Pair, ...]:
+    # The published split was made by lines: 721 of the 5,447 validation words have other pronunciations in training.
+    if part == "train":
+        return ()
+    words = {pair.source for pair in found}
+    elsewhere = [other for other in CMUDICT_07B_FILES if other != part and _cmudict_07b_file(folder, other)]
+    return tuple(pair for other in elsewhere for pair in _read_cmudict_07b(folder, other) if pair.source in words)
+
+
 def _read_cmudict_07b(folder: Path, part: Part) -> Iterator[Pair]:
-    plain = folder / CMUDICT_07B_FILES[part]
-    packed = folder / (CMUDICT_07B_FILES[part] + ".gz")
-    if not plain.is_file() and not packed.is_file():
-        raise DataError(f"{folder}: neither {plain.name} nor {packed.name} is there; set data.folder to the split")
-    path = plain if plain.is_file() else packed
+    path, name = _cmudict_07b_file(folder, part), CMUDICT_07B_FILES[part]
+    if path is None:
+        raise DataError(f"{folder}: neither {name} nor {name}.gz is there; set data.folder to the split")
     for number, line in enumerate(read_lines(path, "latin-1"), 1):
         word, _, phonemes = line.partition("  ")
         if not phonemes.strip():

@@ -1,10 +1,10 @@
 """The folder of a training run: its checkpoints, the best and the final one, and what TensorBoard reads.
 
-    runs/g2p-en/
-      update-00004500/  update-00005000/ ...   to resume from and to average
-      best/                                    best by the configured metric
-      final/                                   what to export
-      events/                                  TensorBoard
+runs/g2p-en/
+  update-00004500/  update-00005000/ ...   to resume from and to average
+  best/                                    best by the configured metric
+  final/                                   what to export
+  events/                                  TensorBoard
 """
 
 import shutil
@@ -56,15 +56,27 @@ class RunFolder:
         self._clean()
         found = self.checkpoints()
         if (found or self.final.exists()) and not (resume or overwrite):
-            raise ConfigError(f"{self.path} holds a training run already: --resume goes on with it, --overwrite removes it")
+            raise ConfigError(
+                f"{self.path} holds a training run already: --resume goes on with it, --overwrite removes it"
+            )
         if overwrite and not resume:
             for path in (*found, self.best, self.final, self.events):
                 shutil.rmtree(path, ignore_errors=True)
             return None
         return self.newest() if resume else None
 
-    def thin(self, keep: int, average: int) -> None:
-        """Drop checkpoints that neither resuming nor averaging needs; older ones lose their training state."""
+    def thin(self, keep: int, average: int, every: int) -> None:
+        """Drop checkpoints that neither resuming nor averaging needs; older ones lose their training state.
+
+        Args:
+            keep: how many keep their training state.
+            average: how many are averaged in the end.
+            every: updates between checkpoints. An older one that is not at a multiple comes from an interrupt, and
+                would change the average.
+        """
+        for path in self.checkpoints()[:-1]:
+            if int(path.name.removeprefix("update-")) % every:
+                shutil.rmtree(path)
         found = self.checkpoints()
         for path in found[: -max(keep, average)]:
             shutil.rmtree(path)
@@ -89,10 +101,12 @@ def check_same_run(folder: Path, config: Config) -> None:
         CheckpointError: naming the sections that differ.
     """
     stored = load_checkpoint(folder).config
-    same = config.model_copy(update={"training": config.training.model_copy(update={"updates": stored.training.updates})})
+    same = config.model_copy(
+        update={"training": config.training.model_copy(update={"updates": stored.training.updates})}
+    )
     if same != stored:
         differing = [name for name in Config.model_fields if getattr(same, name) != getattr(stored, name)]
         raise CheckpointError(
-            f"{folder} was trained with another configuration ({', '.join(differing)} differ): resume with the same one, "
+            f"{folder} was trained with another configuration ({', '.join(differing)} differ): resume with the same, "
             "or train into another folder"
         )

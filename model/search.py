@@ -55,7 +55,9 @@ class SearchOptions:
 
 def _check(name: str, value: float, low: float, high: float | None, why: str = "") -> None:
     if not (low <= value and (high is None or value <= high)):  # so written that NaN fails
-        raise InvalidRequestError(name, f"{value} is not {f'at least {low}' if high is None else f'from {low} to {high}{why}'}")
+        raise InvalidRequestError(
+            name, f"{value} is not {f'at least {low}' if high is None else f'from {low} to {high}{why}'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Scores:
 class StepModel(Protocol):
     """A network that decodes step by step: PyTorch's or ONNX Runtime's."""
 
-    def encode(self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]) -> Memory:
+    def encode(
+        self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]
+    ) -> Memory:
         """Read a padded batch of sources."""
         ...
 
@@ -436,9 +440,7 @@ def score(
     target_ids, _ = pad([[BEGIN, *target[:-1]] for target in targets])
     scores = model.score(target_ids, next_ids, memory or model.encode(*pad(sources)))
     penalties = length_penalties or [1.0] * len(targets)
-    return [
-        _forced(scores, row, list(target), len(sources[row]), penalties[row]) for row, target in enumerate(targets)
-    ]
+    return [_forced(scores, row, list(target), len(sources[row]), penalties[row]) for row, target in enumerate(targets)]
 
 
 def _forced(scores: Scores, row: int, target: list[int], source_length: int, length_penalty: float) -> Hypothesis:

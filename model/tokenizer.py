@@ -159,7 +159,7 @@ def train_tokenizers(
 
 
 def _end(text: str, end: int, limit: int) -> int:
-    # The library gives a composed letter the span of its first character; its accents, up to the next token, are its too.
+    # The library gives a composed letter the span of its first character; its accents belong to it too.
     while end < limit and not text[end].isspace():
         end += 1
     return end

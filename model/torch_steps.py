@@ -24,7 +24,9 @@ class TorchStepModel:
         self._device = next(transformer.parameters()).device
 
     @torch.inference_mode()
-    def encode(self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]) -> Memory:
+    def encode(
+        self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]
+    ) -> Memory:
         """See `StepModel.encode`."""
         encoded = self._model.encode(self._tensor(source_ids), self._tensor(source_mask))
         return Memory(encoded.memory, source_mask, torch.stack(encoded.attention, 1).float().cpu().numpy())

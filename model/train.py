@@ -1,4 +1,4 @@
-"""The training loop: Adam with warm-up, label smoothing, clipping, accumulation, checkpoints, early stopping, averaging.
+"""The training loop: Adam with warm-up, label smoothing, accumulation, checkpoints, early stopping, averaging.
 
 Every random choice follows from the seed and the number of the update, so a resumed run repeats an uninterrupted one
 bit for bit on a CPU, wherever it was interrupted.
@@ -127,7 +127,7 @@ class Trainer:
             self._restore(resumed.training)
         self._validation = Validation(
             config,
-            material.validation_pairs.pairs,
+            material.validation_pairs,
             material.validation.examples,
             material.source,
             material.target,
@@ -238,7 +238,7 @@ class Trainer:
             "optimiser": self._optimiser.state_dict(),
         }
         save_checkpoint(self._run.checkpoint(self.update), self._checkpoint({"update": self.update}, state))
-        self._run.thin(self._options.keep, self._options.average)
+        self._run.thin(self._options.keep, self._options.average, self._options.checkpoint_every)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.update, self._best, self._stale = state["update"], state["best"], state["stale"]

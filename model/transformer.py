@@ -158,8 +158,11 @@ class Transformer(nn.Module):
             self.encoder.embedding.tokens.weight = self.decoder.embedding.tokens.weight
 
     def _initialise(self) -> None:
-        """Xavier uniform (Glorot and Bengio 2010) for each d_model-wide map, even where one product holds several;
-        zero biases; embeddings with variance 1 / d_model, so that the tied projection starts with logits near 1."""
+        """Xavier uniform weights (Glorot and Bengio 2010), zero biases.
+
+        Where one product holds several maps, each is drawn for itself. Embeddings have variance 1 / d_model, so that
+        the tied projection starts with logits near 1.
+        """
         for name, parameter in self.named_parameters():
             if "embedding" in name:
                 nn.init.normal_(parameter, std=self.config.d_model**-0.5)

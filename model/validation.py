@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from model.batches import Batch, Example, bucket, collate
 from model.config import Config
 from model.evaluate import Decoder, evaluate
-from model.pairs import Pair
+from model.pairs import Pairs
 from model.picture import AttentionPicture
 from model.search import score
 from model.tokenizer import PAD, Tokenizer
@@ -25,7 +25,7 @@ class Validation:
 
     Args:
         config: of the run.
-        pairs: the validation pairs.
+        validation: the validation pairs.
         examples: the same, encoded, without those over the limits.
         source: source tokenizer.
         target: target tokenizer.
@@ -35,16 +35,16 @@ class Validation:
     def __init__(
         self,
         config: Config,
-        pairs: Sequence[Pair],
+        validation: Pairs,
         examples: Sequence[Example],
         source: Tokenizer,
         target: Tokenizer,
         device: torch.device,
     ) -> None:
         self._config, self._source, self._target, self._device = config, source, target, device
-        count = min(config.training.validation_pairs, len(pairs))
-        chosen = sorted(random.Random(0).sample(range(len(pairs)), count))
-        self._pairs = [pairs[index] for index in chosen]
+        count = min(config.training.validation_pairs, len(validation.pairs))
+        chosen = sorted(random.Random(0).sample(range(len(validation.pairs)), count))
+        self._pairs, self._others = [validation.pairs[index] for index in chosen], validation.others
         batches = bucket(examples, 4000, seed=0, epoch=0)
         self._batches = [collate([examples[index] for index in batch]) for batch in batches]
         short = (example for example in examples if max(map(len, example)) <= PICTURE_LENGTH)
@@ -61,7 +61,7 @@ class Validation:
             self._config.model.longest_source,
             self._config.model.longest_target,
         )
-        metrics = evaluate(decoder, self._config.task, self._pairs).metrics
+        metrics = evaluate(decoder, self._config.task, self._pairs, others=self._others).metrics
         measured = {"loss": self._loss(model), **metrics}
         model.train(was_training)
         return measured
