@@ -1,6 +1,6 @@
 """Write a bundle: export, quantise, verify, and only then let the folder appear.
 
-    checkpoint ── trace ── fp32 graphs ── quantise ── int8 graphs ── verify both against PyTorch ── rename into place
+checkpoint ── trace ── fp32 graphs ── quantise ── int8 graphs ── verify both against PyTorch ── rename into place
 """
 
 import importlib.metadata
@@ -8,15 +8,16 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx
 
-from export.graphs import TOP_INPUT, TOP_OUTPUTS, Exported, ExampleSizes, decoder_graph, encoder_graph
+from export.graphs import TOP_INPUT, TOP_OUTPUTS, ExampleSizes, Exported, decoder_graph, encoder_graph
 from export.manifest import (
     MANIFEST,
     FamilyShape,
-    GraphSpec,
     Graphs,
+    GraphSpec,
     Limits,
     Manifest,
     Precision,
@@ -43,6 +44,7 @@ def export_bundle(
     bundle: Path,
     pairs: Sequence[Pair],
     version: str | None = None,
+    verified_on: Mapping[str, Any] | None = None,
     progress: Told = lambda what, count: None,
 ) -> tuple[Manifest, Parity]:
     """Export a checkpoint in float32 and int8.
@@ -52,6 +54,7 @@ def export_bundle(
         bundle: where to; replaced if it exists, once the new one is verified.
         pairs: validation pairs, decoded by PyTorch and by every precision.
         version: of the model; by default the first twelve digits of its weights' checksum.
+        verified_on: what the pairs are, for the manifest; by default the checkpoint's own data.
         progress: told what is being done, and how many more sources were decoded in it.
 
     Raises:
@@ -69,7 +72,7 @@ def export_bundle(
         manifest = _describe(checkpoint, folder, graphs, digest, version or digest[:12])
         models = {precision: OnnxStepModel(folder, manifest, precision) for precision in graphs}
         parity = verify(checkpoint, models, pairs, progress)
-        manifest = _with_findings(manifest, parity)
+        manifest = _with_findings(manifest, parity, dict(verified_on or manifest.provenance.data))
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest, parity
 
@@ -132,7 +135,8 @@ def _describe(
             checkpoint_sha256=digest,
             data=config.data.model_dump(mode="json"),
             training=dict(checkpoint.metrics),
-            quality={},
+            verified_on={},
+            answers={},
             parity={},
             opset=OPSET,
             versions={name: importlib.metadata.version(name) for name in VERSIONED},
@@ -140,10 +144,12 @@ def _describe(
     )
 
 
-def _with_findings(manifest: Manifest, parity: Parity) -> Manifest:
+def _with_findings(manifest: Manifest, parity: Parity, verified_on: dict[str, Any]) -> Manifest:
     findings = {
         precision: {**differences, "answers": float(parity.answers), "equal_answers": float(parity.equal[precision])}
         for precision, differences in parity.differences.items()
     }
-    provenance = manifest.provenance.model_copy(update={"quality": parity.quality, "parity": findings})
+    provenance = manifest.provenance.model_copy(
+        update={"verified_on": verified_on, "answers": parity.quality, "parity": findings}
+    )
     return manifest.model_copy(update={"provenance": provenance})

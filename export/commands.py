@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from export.manifest import MANIFEST, Manifest, Precision, check_files, read_manifest
-from model.config import Config, Data, PairFiles, PairsData, load_config, override_data
-from model.evaluate import Decoder, Evaluation, evaluate as measure
-from model.pairs import Pair, read_files, read_pairs
+from model.config import Config, Data, PairFiles, load_config, override_data
+from model.errors import ConfigError
+from model.evaluate import Decoder, Evaluation
+from model.evaluate import evaluate as measure
+from model.pairs import Pair, Pairs, read_files, read_pairs
 
 Settings = Annotated[
     list[str] | None,
@@ -26,49 +29,66 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder to write; replaced once the new one is verified.")],
     settings: Settings = None,
     validation_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Validation pairs to decode for the comparison [default: all].")
+        int | None, typer.Option(min=1, help="Validation pairs to decode; by default all.")
     ] = None,
     version: Annotated[
-        str | None, typer.Option(help="Version of the model [default: from the checksum of its weights].")
+        str | None, typer.Option(help="Version of the model; by default from the checksum of its weights.")
     ] = None,
 ) -> None:
     """Export a checkpoint to a bundle, in float32 and int8, verified against PyTorch before it is written."""
     console = Console()
     config = load_config(checkpoint / "config.json") if (checkpoint / "config.json").is_file() else None
-    pairs = [] if config is None else _pairs(override_data(config.data, settings or ()), "validation", validation_pairs)
+    data = None if config is None else override_data(config.data, settings or ())
+    pairs = [] if data is None else read_pairs(data, "validation").pairs[:validation_pairs]
     from export.bundle import export_bundle
 
     with console.status("reading the checkpoint") as status:
         manifest, parity = export_bundle(
-            checkpoint, bundle, pairs, version, lambda what, count: status.update(what if not count else f"decoding: {what}")
+            checkpoint,
+            bundle,
+            pairs,
+            version,
+            {} if data is None else data.model_dump(mode="json"),
+            lambda what, count: status.update(what if not count else f"decoding: {what}"),
         )
     console.print(parity_table(manifest))
-    size = {precision: sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(precision)) for precision in manifest.graphs}
+    size = {
+        precision: sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(precision))
+        for precision in manifest.graphs
+    }
     sizes = ", ".join(f"{precision} {count / 1e6:.1f} MB" for precision, count in size.items())
-    console.print(f"[bold]{bundle}[/bold]: {manifest.name} {manifest.version}, {sizes}; {parity.answers:,} sources decoded")
+    console.print(
+        f"[bold]{bundle}[/bold]: {manifest.name} {manifest.version}, {sizes}; {parity.answers:,} sources decoded"
+    )
 
 
 def parity_table(manifest: Manifest) -> Table:
     """The figures of the verification, as they stand in the manifest."""
-    table = Table(title="Exported against PyTorch: largest differences, and answers on the validation set")
+    table = Table(title="Exported against PyTorch: largest differences, and answers")
     precisions = list(manifest.graphs)
     table.add_column("")
     table.add_column("PyTorch", justify="right")
     for precision in precisions:
         table.add_column(precision, justify="right")
-    parity, quality = manifest.provenance.parity, manifest.provenance.quality
+    parity, quality = manifest.provenance.parity, manifest.provenance.answers
     for name in ("log_probabilities", "encoder_attention", "decoder_attention", "cross_attention"):
         table.add_row(name.replace("_", " "), "", *(f"{parity[precision][name]:.1e}" for precision in precisions))
-    equal = [f"{parity[precision]['equal_answers']:.0f} of {parity[precision]['answers']:.0f}" for precision in precisions]
+    equal = [
+        f"{parity[precision]['equal_answers']:.0f} of {parity[precision]['answers']:.0f}" for precision in precisions
+    ]
     table.add_row("equal answers", "", *equal)
     for metric, value in quality["torch"].items():
-        table.add_row(metric.upper(), f"{value:.2f}", *(f"{quality[precision][metric]:.2f}" for precision in precisions))
+        table.add_row(
+            metric.upper(), f"{value:.2f}", *(f"{quality[precision][metric]:.2f}" for precision in precisions)
+        )
     return table
 
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Checkpoint (run by PyTorch) or bundle (run by ONNX Runtime).")],
-    part: Annotated[Literal["validation", "test"], typer.Option(help="Which part of the model's own data.")] = "validation",
+    part: Annotated[
+        Literal["validation", "test"], typer.Option(help="Which part of the model's own data.")
+    ] = "validation",
     source: Annotated[Path | None, typer.Option(help="File of source lines, instead of the model's data.")] = None,
     target: Annotated[Path | None, typer.Option(help="File of target lines.")] = None,
     tsv: Annotated[Path | None, typer.Option(help="TSV file of pairs, instead of the model's data.")] = None,
@@ -77,29 +97,44 @@ def evaluate(
     beam_size: Annotated[int, typer.Option("--beam-size", "-b", min=1, max=16, help="1 is greedy search.")] = 1,
     length_penalty: Annotated[float, typer.Option(min=0, max=10, help="See the README on search.")] = 1.0,
     precision: Annotated[Literal["fp32", "int8"], typer.Option(help="Of a bundle.")] = "fp32",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime [default: all there are].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of ONNX Runtime; by default all there are.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write source, answer and references as TSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Score a checkpoint or a bundle: word and phoneme error rate (g2p), or BLEU and chrF (text)."""
     decoder, task, data = _load(model, precision, threads)
     if tsv or source or target:
-        pairs: Sequence[Pair] = read_files(PairFiles(source=source, target=target, tsv=tsv))[:limit]
+        read = Pairs(_given_pairs(source, target, tsv), 0)
     else:
-        pairs = _pairs(override_data(data, settings or ()), part, limit)
+        read = read_pairs(override_data(data, settings or ()), part)
+    pairs = read.pairs[:limit]
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task_id = progress.add_task("decoding", total=len({pair.source for pair in pairs}) if task == "g2p" else len(pairs))
+        task_id = progress.add_task(
+            "decoding", total=len({pair.source for pair in pairs}) if task == "g2p" else len(pairs)
+        )
         found = measure(
-            decoder, task, pairs, beam_size, length_penalty, lambda count: progress.advance(task_id, count)
+            decoder, task, pairs, beam_size, length_penalty, lambda count: progress.advance(task_id, count), read.others
         )
     if output:
         _write_answers(output, found, pairs)
     _print(model, found, beam_size, as_json=as_json)
 
 
+def _given_pairs(source: Path | None, target: Path | None, tsv: Path | None) -> list[Pair]:
+    try:
+        files = PairFiles(source=source, target=target, tsv=tsv)
+    except ValidationError:
+        raise ConfigError("give either --source and --target, or --tsv") from None
+    return [pair for pair in read_files(files) if pair.source.strip() and pair.target.strip()]
+
+
 def _load(model: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
     if (model / MANIFEST).is_file():
         return _load_bundle(model, precision, threads)
+    if precision != "fp32":
+        raise ConfigError(f"--precision {precision}: {model} is no bundle; a checkpoint is run by PyTorch in fp32")
     from model.checkpoint import load_checkpoint
     from model.torch_steps import TorchStepModel
 
@@ -134,12 +169,6 @@ def _load_bundle(bundle: Path, precision: Precision, threads: int | None) -> tup
     return decoder, manifest.task, cast("Any", Config.model_validate({"data": manifest.provenance.data})).data
 
 
-def _pairs(data: Data, part: Literal["validation", "test"], limit: int | None) -> list[Pair]:
-    if part == "test" and isinstance(data, PairsData) and data.test is None:
-        typer.echo("the model's data has no test part: scoring validation instead needs --part validation", err=True)
-    return read_pairs(data, part).pairs[:limit]
-
-
 def _write_answers(path: Path, found: Evaluation, pairs: Sequence[Pair]) -> None:
     references: dict[str, list[str]] = {}
     for pair in pairs:
@@ -153,7 +182,12 @@ def _write_answers(path: Path, found: Evaluation, pairs: Sequence[Pair]) -> None
 
 def _print(model: Path, found: Evaluation, beam_size: int, *, as_json: bool) -> None:
     if as_json:
-        values = {"model": str(model), "sources": len(found.sources), "too_long": found.too_long, "beam_size": beam_size}
+        values = {
+            "model": str(model),
+            "sources": len(found.sources),
+            "too_long": found.too_long,
+            "beam_size": beam_size,
+        }
         typer.echo(json.dumps(values | dict(found.metrics)))
         return
     figures = "  ".join(f"{name.upper()} {value:.2f}" for name, value in found.metrics.items())

@@ -1,8 +1,8 @@
 """The exported modules, and their inputs and outputs as data.
 
 The encoder runs once a batch, the decoder once a step. Between them go each decoder layer's cross keys and values
-(`memory.*`, one a sentence), and from step to step its self-attention keys and values (`state.*`, one a row). Each has a
-role and named axes in the manifest, so whoever runs the graphs need not know what they hold.
+(`memory.*`, one a sentence), and from step to step its self-attention keys and values (`state.*`, one a row). Each has
+a role and named axes in the manifest, so whoever runs the graphs need not know what they hold.
 """
 
 from dataclasses import dataclass

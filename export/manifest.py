@@ -132,9 +132,12 @@ class Provenance(Frozen):
     data: dict[str, Any]
     """The data section of the training configuration."""
     training: dict[str, Any]
-    """What the checkpoint says of its training."""
-    quality: dict[str, dict[str, float]]
-    """Metrics on the validation sources decoded for the verification: of PyTorch, and of each precision."""
+    """What the checkpoint says of its training, its metrics on its own validation data among them."""
+    verified_on: dict[str, Any]
+    """The data section that the verification's sources came from."""
+    answers: dict[str, dict[str, float]]
+    """Metrics on those sources, of PyTorch and of each precision, to compare with each other; the model's quality is in
+    `training`."""
     parity: dict[str, dict[str, float]]
     """Largest differences from PyTorch, for each precision and output."""
     opset: int
@@ -166,7 +169,7 @@ class Manifest(Frozen):
     """What the model takes."""
     attention: dict[Family, FamilyShape]
     """The families of attention that the graphs return."""
-    alignment: dict[str, list[int]] | None = None
+    alignment: dict[Literal["layers", "heads"], list[int]] | None = None
     """Which layers and heads of the cross-attention align best, where that was measured."""
     source_tokenizer: str
     """Tokenizer file of the source."""
@@ -200,13 +203,17 @@ def read_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{bundle}: not a bundle, it has no {MANIFEST}; make one with: limelight export CHECKPOINT {bundle}")
+        raise BundleError(
+            f"{bundle}: not a bundle, it has no {MANIFEST}; make one with: limelight export CHECKPOINT {bundle}"
+        )
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
         raise BundleError(f"{path}: not JSON: {error}") from None
     if isinstance(values, dict) and values.get("format") != FORMAT:
-        raise BundleError(f"{path}: format {values.get('format')!r}, this version reads {FORMAT}: export the model again")
+        raise BundleError(
+            f"{path}: format {values.get('format')!r}, this version reads {FORMAT}: export the model again"
+        )
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:

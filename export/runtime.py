@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from jaxtyping import Bool, Int
 
-from export.manifest import BundleError, GraphSpec, Graphs, Manifest, Precision
+from export.manifest import BundleError, Graphs, GraphSpec, Manifest, Precision
 from model.search import Memory, Scores, Step
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -76,7 +76,9 @@ class OnnxStepModel:
         """Execution providers in use, as ONNX Runtime names them."""
         return list(self._decoder.get_providers())
 
-    def encode(self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]) -> Memory:
+    def encode(
+        self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]
+    ) -> Memory:
         """See `StepModel.encode`."""
         graph = self.graphs.encoder
         names = [*graph.names("memory"), *graph.names("encoder_attention")]
@@ -107,8 +109,7 @@ class OnnxStepModel:
         else:
             feeds |= state
             feeds["state_rows"] = state_rows
-        *values, state = self._decode(wanted, feeds)
-        return Step(*values, state=state)
+        return Step(*self._decode(wanted, feeds))
 
     def score(
         self, target_ids: Int[np.ndarray, "row new"], next_ids: Int[np.ndarray, "row new"], memory: Memory
@@ -144,14 +145,21 @@ class OnnxStepModel:
         return [*values[: len(wanted)], state]
 
     def _session(self, bundle: Path, graph: GraphSpec) -> ort.InferenceSession:
-        session = ort.InferenceSession(
-            str(bundle / graph.file), self._options.session_options(), providers=list(self._options.providers)
-        )
+        path = str(bundle / graph.file)
+        try:
+            session = ort.InferenceSession(path, self._options.session_options(), list(self._options.providers))
+        except Exception as error:  # onnxruntime's own errors have no base of their own
+            raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         _check_signature(graph, session)
         return session
 
 
-_ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "bool": "tensor(bool)"}
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "bool": "tensor(bool)",
+}
 
 
 def _check_signature(graph: GraphSpec, session: ort.InferenceSession) -> None:
@@ -160,11 +168,10 @@ def _check_signature(graph: GraphSpec, session: ort.InferenceSession) -> None:
         expected = {spec.name: (_ORT_TYPES[spec.dtype], list(spec.axes)) for spec in specs}
         found = {value.name: (value.type, list(value.shape)) for value in values}
         if expected != found:
-            different = sorted(
-                name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-            )
+            different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             name = different[0]
             raise BundleError(
-                f"{graph.file}: {name} is {found.get(name, 'missing')}, the manifest says {expected.get(name, 'nothing')}"
+                f"{graph.file}: {name} is {found.get(name, 'missing')}, "
+                f"the manifest says {expected.get(name, 'nothing')}"
                 f" ({len(different)} differ)"
             )

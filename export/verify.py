@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from export.manifest import Precision
-from export.runtime import OnnxStepModel
 from model.checkpoint import Checkpoint
 from model.errors import LimelightError
 from model.evaluate import Decoder, Evaluation, evaluate
@@ -78,7 +77,7 @@ class Parity:
 
 def verify(
     checkpoint: Checkpoint,
-    models: Mapping[Precision, OnnxStepModel],
+    models: Mapping[Precision, StepModel],
     pairs: Sequence[Pair],
     progress: Callable[[str, int], None] = lambda what, count: None,
 ) -> Parity:
@@ -145,17 +144,17 @@ def _compare_shape(
         best = _distance(left.top_log_probabilities, right.top_log_probabilities)
         found["log_probabilities"] = max(found.get("log_probabilities", 0.0), best)
     given, wanted = (random.integers(1, len(checkpoint.target), (len(shape.sources), 6)) for _ in range(2))
-    scores = [
-        side.score(given, wanted, memory) for side, memory in zip((reference, model), memories, strict=True)
-    ]
+    scores = [side.score(given, wanted, memory) for side, memory in zip((reference, model), memories, strict=True)]
     scored = _distance(*(side.log_probabilities for side in scores))
     found["log_probabilities"] = max(found["log_probabilities"], scored)
     return found
 
 
-def _distance(left: np.ndarray, right: np.ndarray) -> float:  # type: ignore[type-arg]
+def _distance(left: np.ndarray, right: np.ndarray) -> float:
     if left.shape != right.shape:
-        raise VerificationError(f"the export differs from the checkpoint: a shape of {right.shape}, expected {left.shape}")
+        raise VerificationError(
+            f"the export differs from the checkpoint: a shape of {right.shape}, expected {left.shape}"
+        )
     difference = float(np.abs(left - right).max(initial=0.0))
     return difference if np.isfinite(difference) else float("inf")
 

@@ -557,7 +557,7 @@ class StreamToken(_message.Message):
 
     @_builtins.property
     def attention(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attention]:
-        """Its row of decoder and cross-attention, as asked for."""
+        """Its row of decoder and cross-attention, as asked for. A row of decoder attention has only the columns read so far."""
 
     def __init__(
         self,
@@ -864,7 +864,7 @@ class GetModelResponse(_message.Message):
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Measured quality of this precision, in percent, by metric."""
+        """What its checkpoint scored on its own validation data, by metric: error rates, BLEU and chrF in percent."""
 
     def __init__(
         self,

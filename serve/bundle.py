@@ -1,0 +1,114 @@
+"""Load a bundle for serving: checksums first, then tokenizers and graphs, then a warm-up."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from export.manifest import BundleError, Manifest, Precision, check_files, read_manifest
+from export.runtime import OnnxStepModel, RuntimeOptions
+from model.search import SearchOptions, search
+from model.tokenizer import END, Tokenizer
+from serve.cpu import available_cpus
+from serve.errors import ProviderError
+
+Provider = Literal["auto", "cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that is ready to answer.
+
+    Attributes:
+        manifest: what the bundle says of itself.
+        source: source tokenizer.
+        target: target tokenizer.
+        steps: its graphs.
+        precision: of its weights.
+        provider: what runs it, "cpu" or "cuda".
+        threads: that one run may use.
+    """
+
+    manifest: Manifest
+    source: Tokenizer
+    target: Tokenizer
+    steps: OnnxStepModel
+    precision: Precision
+    provider: str
+    threads: int
+
+
+def load_model(
+    bundle: Path, *, provider: Provider = "auto", precision: Precision | None = None, threads: int | None = None
+) -> ServedModel:
+    """Check, load and warm up a bundle.
+
+    Args:
+        bundle: its folder.
+        provider: "auto" takes CUDA where there is a device, and the CPU elsewhere.
+        precision: which graphs; by default float32.
+        threads: for one run; by default the processors that affinity and quota allow.
+
+    Raises:
+        BundleError: the bundle is damaged, or has no such precision.
+        ProviderError: the provider that was asked for is not there.
+    """
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    count = threads or available_cpus()
+    chosen = choose_provider(provider)
+    options = RuntimeOptions(providers=_with_fallback(chosen), threads=count)
+    steps = OnnxStepModel(bundle, manifest, precision or "fp32", options)
+    if _PROVIDERS[chosen] not in steps.providers:
+        if provider != "auto":
+            raise ProviderError(f"ONNX Runtime could not start {_PROVIDERS[chosen]} and fell back to {steps.providers}")
+        chosen = "cpu"
+    source, target = (
+        Tokenizer.load(bundle / manifest.source_tokenizer),
+        Tokenizer.load(bundle / manifest.target_tokenizer),
+    )
+    if (len(source), len(target)) != (manifest.source_vocabulary, manifest.target_vocabulary):
+        raise BundleError(
+            f"{bundle}: the tokenizers have {len(source)} and {len(target)} entries, not what the graphs take"
+        )
+    model = ServedModel(manifest, source, target, steps, precision or "fp32", chosen, count)
+    warm_up(model)
+    return model
+
+
+def choose_provider(wanted: Provider) -> str:
+    """Which provider to try: "cpu" or "cuda".
+
+    Raises:
+        ProviderError: CUDA is asked for, and this ONNX Runtime was built without it.
+    """
+    available = ort.get_available_providers()
+    if wanted == "cuda" and _PROVIDERS["cuda"] not in available:
+        raise ProviderError(
+            f"--provider cuda: this onnxruntime offers {', '.join(available)} only; install limelight[gpu] in place of "
+            "limelight[serve], or use --provider cpu"
+        )
+    if wanted == "auto":
+        return "cuda" if _PROVIDERS["cuda"] in available else "cpu"
+    return wanted
+
+
+def warm_up(model: ServedModel) -> None:
+    """Decode a short source, so that the first caller does not pay for first allocations; checks the answers too.
+
+    Raises:
+        BundleError: the graphs answer with something that is not a probability.
+    """
+    longest = min(4, model.manifest.limits.longest_target)
+    found = search(model.steps, [[END]], [SearchOptions(longest=longest, beam_size=2)])
+    values = np.array(found[0][0].log_probabilities)
+    if not np.all(np.isfinite(values) & (values <= 1e-5)):
+        raise BundleError(f"{model.manifest.name}: the warm-up gave log-probabilities {values.tolist()}")
+
+
+def _with_fallback(chosen: str) -> tuple[str, ...]:
+    return (_PROVIDERS[chosen],) if chosen == "cpu" else (_PROVIDERS[chosen], _PROVIDERS["cpu"])

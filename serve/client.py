@@ -1,0 +1,261 @@
+"""A typed synchronous client: ask a server, get plain Python back.
+
+    with Client("127.0.0.1:50051") as client:
+        answer = client.generate("photograph", families=["cross"])
+        print(answer.best.text, answer.best.attention["cross"].weights.shape)
+
+It needs no torch, and may be shared between threads.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from model.errors import InvalidRequestError
+from serve.answers import (
+    Alignment,
+    Answer,
+    AttentionArray,
+    End,
+    FamilyName,
+    FamilyShape,
+    FloatName,
+    Hypothesis,
+    ModelInfo,
+    Piece,
+    ReductionName,
+    ServerError,
+    Start,
+    Token,
+)
+from serve.from_proto import FAMILIES, FLOAT_TYPES, REDUCTIONS, read_answer, read_model, read_score, read_stream
+from serve.pb.limelight.v1 import limelight_pb2 as pb
+from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
+
+__all__ = [
+    "Alignment",
+    "Answer",
+    "AttentionArray",
+    "Client",
+    "End",
+    "FamilyShape",
+    "Hypothesis",
+    "ModelInfo",
+    "Piece",
+    "ServerError",
+    "Start",
+    "Token",
+]
+
+Name = TypeVar("Name", bound=str)
+Number = TypeVar("Number", bound=int)
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 256 * 1024 * 1024),
+    # A gRPC server hangs up on clients that ping more often than every 5 minutes, unless it was told to allow it.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+"""Answers of up to 256 MiB; a dead connection under a call is noticed within six minutes."""
+
+_UNREACHABLE = ("failed to connect", "errors resolving", "DNS resolution failed", "Failed to create channel")
+
+
+class Client:
+    """Asks one server, without encryption.
+
+    Args:
+        address: where it listens, HOST:PORT.
+        timeout: most seconds a call may take, a whole stream included; None waits for ever.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = 30.0) -> None:
+        self.address = address
+        self.timeout = timeout
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub = LimelightServiceStub(self._channel)
+
+    def generate(
+        self,
+        source: str,
+        *,
+        beam_size: int | None = None,
+        hypotheses: int | None = None,
+        length_penalty: float | None = None,
+        longest: int | None = None,
+        families: Iterable[FamilyName] = (),
+        layers: Iterable[int] = (),
+        heads: Iterable[int] = (),
+        reduction: ReductionName = "none",
+        float_type: FloatName = "float32",
+        model: str = "",
+    ) -> Answer:
+        """Answer a text.
+
+        Args:
+            source: the text.
+            beam_size: hypotheses kept at a time; None for greedy search.
+            hypotheses: how many to return, at most `beam_size`; None for the best.
+            length_penalty: hypotheses are compared by log-probability / length ^ length_penalty; None for 1.
+            longest: most tokens to generate, the end token among them; None for the model's limit.
+            families: attention to return with every hypothesis; none by default.
+            layers: layers of it, from 0; all by default.
+            heads: heads of it, from 0; all by default.
+            reduction: what becomes of these layers and heads.
+            float_type: type of the weights; float16 halves the bytes and keeps three digits.
+            model: name of the model; empty for the one that is served.
+
+        Raises:
+            ServerError: the server refused, failed, was too slow or is not there.
+            InvalidRequestError: an option that cannot be sent.
+        """
+        with _sendable():
+            search = _search(beam_size, hypotheses, length_penalty, longest)
+            attention = _attention(families, layers, heads, reduction, float_type)
+            request = pb.GenerateRequest(model=model, source=source, search=search, attention=attention)
+        with self._explained():
+            return read_answer(self._stub.Generate(request, timeout=self.timeout))
+
+    def stream(
+        self,
+        source: str,
+        *,
+        beam_size: int | None = None,
+        hypotheses: int | None = None,
+        length_penalty: float | None = None,
+        longest: int | None = None,
+        families: Iterable[FamilyName] = (),
+        layers: Iterable[int] = (),
+        heads: Iterable[int] = (),
+        reduction: ReductionName = "none",
+        float_type: FloatName = "float32",
+        model: str = "",
+    ) -> Generator[Start | Piece | End, None, None]:
+        """Answer a text token by token: a `Start`, a `Piece` for each token of the best hypothesis, an `End`.
+
+        The call begins with the first event asked for, and is cancelled when the generator is closed. Arguments and
+        errors as for `generate`; an error may come after some events.
+        """
+        with _sendable():
+            search = _search(beam_size, hypotheses, length_penalty, longest)
+            attention = _attention(families, layers, heads, reduction, float_type)
+            request = pb.GenerateStreamRequest(model=model, source=source, search=search, attention=attention)
+        return self._events(request)
+
+    def score(
+        self,
+        source: str,
+        target: str,
+        *,
+        length_penalty: float | None = None,
+        families: Iterable[FamilyName] = (),
+        layers: Iterable[int] = (),
+        heads: Iterable[int] = (),
+        reduction: ReductionName = "none",
+        float_type: FloatName = "float32",
+        model: str = "",
+    ) -> Answer:
+        """How likely a given target is: forced decoding. The only hypothesis is the target; the rest as `generate`."""
+        with _sendable():
+            request = pb.ScoreRequest(
+                model=model,
+                source=source,
+                target=target,
+                length_penalty=length_penalty,
+                attention=_attention(families, layers, heads, reduction, float_type),
+            )
+        with self._explained():
+            return read_score(self._stub.Score(request, timeout=self.timeout))
+
+    def describe(self, model: str = "") -> ModelInfo:
+        """What the served model is and takes; errors as for `generate`."""
+        with _sendable():
+            request = pb.GetModelRequest(model=model)
+        with self._explained():
+            return read_model(self._stub.GetModel(request, timeout=self.timeout))
+
+    def close(self) -> None:
+        """Hang up; calls under way end with the code CANCELLED."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _events(self, request: pb.GenerateStreamRequest) -> Generator[Start | Piece | End, None, None]:
+        with self._explained():
+            call = self._stub.GenerateStream(request, timeout=self.timeout)
+            try:
+                yield from read_stream(call)
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details() or ""
+            raise ServerError(code, self._explain(code, details)) from None
+
+    def _explain(self, code: grpc.StatusCode, details: str) -> str:
+        """The server's words as they are where they name the request's fault; else with the address and a way out."""
+        if details.startswith(_UNREACHABLE):
+            return (
+                f"{self.address}: no Limelight server answers there: start one with `limelight serve BUNDLE`, "
+                f"or name the address of another ({details})"
+            )
+        if "larger than max" in details:
+            return f"{self.address}: {details}: ask for fewer layers and heads, a reduction or float16"
+        failed = f"{self.address}: the server failed: {details}"
+        explained = {
+            grpc.StatusCode.DEADLINE_EXCEEDED: f"{self.address}: no answer within {self.timeout} s: allow more time",
+            grpc.StatusCode.UNIMPLEMENTED: f"{self.address}: no server of limelight.v1, or an older one ({details})",
+            grpc.StatusCode.INTERNAL: failed,
+            grpc.StatusCode.UNKNOWN: failed,
+            grpc.StatusCode.UNAVAILABLE: f"{self.address}: {details}",
+        }
+        return explained.get(code, details)
+
+
+@contextmanager
+def _sendable() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # a lone surrogate in a text, or a number beyond its protobuf type
+        raise InvalidRequestError("request", f"cannot be sent: {error}") from None
+
+
+def _search(
+    beam_size: int | None, hypotheses: int | None, length_penalty: float | None, longest: int | None
+) -> pb.SearchOptions:
+    return pb.SearchOptions(beam_size=beam_size, hypotheses=hypotheses, length_penalty=length_penalty, longest=longest)
+
+
+def _attention(
+    families: Iterable[FamilyName],
+    layers: Iterable[int],
+    heads: Iterable[int],
+    reduction: ReductionName,
+    float_type: FloatName,
+) -> pb.AttentionOptions:
+    return pb.AttentionOptions(
+        families=[_number("attention.families", FAMILIES, family) for family in families],
+        layers=layers,
+        heads=heads,
+        reduction=_number("attention.reduction", REDUCTIONS, reduction),
+        float_type=_number("attention.float_type", FLOAT_TYPES, float_type),
+    )
+
+
+def _number(field: str, names: Mapping[Name, Number], name: Name) -> Number:
+    if name not in names:
+        raise InvalidRequestError(field, f"{name!r} is unknown: choose from {', '.join(names)}")
+    return names[name]

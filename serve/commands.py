@@ -1,0 +1,51 @@
+"""`limelight serve`."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from serve.bundle import load_model
+from serve.engine import EngineLimits
+from serve.server import ServerOptions, serve_until_signal
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, from `limelight export`.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="Port; 0 takes a free one.")] = 50051,
+    provider: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="What computes; auto takes CUDA where there is a device.")
+    ] = "auto",
+    precision: Annotated[Literal["fp32", "int8"], typer.Option(help="Precision of the weights.")] = "fp32",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that compute; by default as affinity and quota allow.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests waiting; one more is refused.")] = 1024,
+    rows: Annotated[int, typer.Option(min=1, help="Most rows (sentences times beams) decoded together.")] = 64,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have when stopping.")] = 30.0,
+    port_file: Annotated[
+        Path | None, typer.Option(help="Write the port here once the server answers; for scripts using port 0.")
+    ] = None,
+) -> None:
+    """Serve a bundle over gRPC, with health and reflection, until SIGTERM or Ctrl-C; needs no PyTorch."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    model = load_model(bundle, provider=provider, precision=precision, threads=threads)
+    options = ServerOptions(host=host, port=port, grace=grace, limits=EngineLimits(queue=queue, rows=rows))
+
+    def ready(bound: int) -> None:
+        Console(stderr=True).print(
+            f"[bold]{model.manifest.name}[/bold] {model.manifest.version} ({model.precision}, {model.provider}, "
+            f"{model.threads} threads) on [bold]{host}:{bound}[/bold]; ask it: limelight ask TEXT -a {host}:{bound}"
+        )
+        if port_file is not None:
+            temporary = port_file.with_name(f".{port_file.name}.tmp")
+            temporary.write_text(f"{bound}\n", encoding="ascii")
+            temporary.replace(port_file)
+
+    finished = asyncio.run(serve_until_signal(model, options, ready))
+    raise typer.Exit(0 if finished else 1)

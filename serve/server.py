@@ -1,0 +1,235 @@
+"""Put a server together, start it, stop it: the service, health, reflection, and one place where errors become status.
+
+Stopping: health says NOT_SERVING, new calls are refused with UNAVAILABLE, calls in flight finish, the process ends.
+"""
+
+from __future__ import annotations  # grpc's classes are generic to mypy alone
+
+import asyncio
+import logging
+import signal
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from serve.bundle import ServedModel
+from serve.engine import Engine, EngineLimits
+from serve.errors import AddressError, ShuttingDownError, status_of
+from serve.pb.limelight.v1 import limelight_pb2, limelight_pb2_grpc
+from serve.service import LimelightService
+
+log = logging.getLogger(__name__)
+
+SERVICE = limelight_pb2.DESCRIPTOR.services_by_name["LimelightService"].full_name
+
+EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+"""Calls that are answered even while shutting down."""
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.max_send_message_length", 256 * 1024 * 1024),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # by default, clients that ping often are cut off
+    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake to be told of
+)
+
+
+FLUSH = 2.0
+"""Seconds that finished answers have to leave when stopping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where and how to serve."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on: by default this machine alone."""
+    port: int = 50051
+    """Port to listen on; 0 takes a free one."""
+    grace: float = 30.0
+    """Seconds that calls in flight have to finish when stopping."""
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    """What the engine takes on at a time."""
+
+
+class Server:
+    """A running server.
+
+    Attributes:
+        port: that it listens on.
+    """
+
+    def __init__(
+        self, server: grpc.aio.Server, engine: Engine, servicer: health.aio.HealthServicer, calls: Calls, port: int
+    ) -> None:
+        self._server, self._engine, self._health, self._calls = server, engine, servicer, calls
+        self.port = port
+
+    async def stop(self, grace: float) -> bool:
+        """Stop taking calls and finish those in flight.
+
+        Args:
+            grace: seconds that they have.
+
+        Returns:
+            Whether all of them finished.
+        """
+        await self._health.enter_graceful_shutdown()
+        self._calls.draining = True
+        finished = await self._calls.wait_until_idle(grace)
+        # Large answers may still be on their way out; a health watch, which never ends, is not waited for any longer.
+        await self._server.stop(min(grace, FLUSH) if finished else 0)
+        stopped = await asyncio.get_running_loop().run_in_executor(None, self._engine.stop, 1.0)
+        return finished and stopped
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        await self._server.wait_for_termination()
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Counts calls in flight, refuses new ones while draining, and turns errors into status codes.
+
+    Attributes:
+        draining: no new calls are taken.
+        in_flight: calls being answered; health and reflection do not count.
+    """
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of a call."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(EXEMPT):
+            return handler
+        if handler.unary_unary is not None:
+            unary = self._wrap_unary(handler.unary_unary)
+            return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+        if handler.unary_stream is not None:
+            stream = self._wrap_stream(handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(
+                stream, handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+    async def wait_until_idle(self, seconds: float) -> bool:
+        """Wait for the calls in flight; returns whether they finished in time."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return self._idle.is_set()  # 0 seconds are over before anything is looked at
+        return True
+
+    def _wrap_unary(self, answer: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            self._enter()
+            try:
+                self._refuse_if_draining()
+                return await answer(request, context)
+            except Exception as error:
+                await _abort(context, error)
+            finally:
+                self._leave()
+
+        return call
+
+    def _wrap_stream(self, answer: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            self._enter()
+            try:
+                self._refuse_if_draining()
+                async for response in answer(request, context):
+                    yield response
+            except Exception as error:
+                await _abort(context, error)
+            finally:
+                self._leave()
+
+        return call
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining:
+            raise ShuttingDownError("the server is shutting down and takes no new requests")
+
+    def _enter(self) -> None:
+        self.in_flight += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    """End a call with the status of an error; what is not known is logged, and the client told nothing of it."""
+    if isinstance(error, grpc.aio.AbortError):  # raised by an abort further in
+        raise error
+    code, message = status_of(error)
+    if code is grpc.StatusCode.INTERNAL:
+        request = uuid.uuid4().hex[:12]
+        log.error("request %s failed", request, exc_info=error)
+        message = f"{message} (request {request} in the server's log)"
+    await context.abort(code, message)
+
+
+async def create_server(model: ServedModel, options: ServerOptions) -> Server:
+    """Start serving a model.
+
+    Raises:
+        AddressError: the address cannot be listened on.
+    """
+    calls = Calls()
+    server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
+    engine = Engine(model.steps, options.limits)
+    limelight_pb2_grpc.add_LimelightServiceServicer_to_server(LimelightService(model, engine), server)
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(f"{options.host}:{options.port}")
+    except RuntimeError as error:
+        engine.stop()
+        raise AddressError(f"cannot listen on {options.host}:{options.port}: {error}; is it in use?") from None
+    await server.start()
+    for name in ("", SERVICE):
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return Server(server, engine, servicer, calls, port)
+
+
+async def serve_until_signal(model: ServedModel, options: ServerOptions, ready: Callable[[int], None]) -> bool:
+    """Serve until SIGTERM or SIGINT, then stop gracefully; a second signal stops at once.
+
+    Args:
+        model: what to serve.
+        options: where and how.
+        ready: told the port when the server answers.
+
+    Returns:
+        Whether everything in flight was finished.
+    """
+    server = await create_server(model, options)
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    ready(server.port)
+    log.info("stopping: signal %s", signal.Signals(await signals.get()).name)
+    stopping = asyncio.ensure_future(server.stop(options.grace))
+    impatient = asyncio.ensure_future(signals.get())
+    await asyncio.wait((stopping, impatient), return_when=asyncio.FIRST_COMPLETED)
+    impatient.cancel()
+    return stopping.result() if stopping.done() else False

@@ -1,0 +1,87 @@
+"""One stream of tokens: from the engine's thread, which must not wait, to the event loop, where it is written."""
+
+from __future__ import annotations  # grpc's and asyncio's classes are generic to mypy alone
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from model.search import Node
+from model.tokenizer import SpanStream, Token
+from serve.bundle import ServedModel
+from serve.convert import Asked, encoder_attention, hypothesis_message, target_attention, token_message
+from serve.engine import Decoded
+from serve.pb.limelight.v1 import limelight_pb2 as pb
+
+OffLoop = Callable[[Callable[[], pb.GenerateStreamResponse]], Awaitable[pb.GenerateStreamResponse]]
+
+
+class TokenStream:
+    """Collects what the engine has settled, and makes the stream's events of it.
+
+    Args:
+        model: what is served.
+        asked: the request.
+        version: which model answers.
+        off_loop: runs what takes long elsewhere than on the event loop.
+    """
+
+    def __init__(self, model: ServedModel, asked: Asked, version: pb.ModelVersion, off_loop: OffLoop) -> None:
+        self._model, self._asked, self._version, self._off_loop = model, asked, version, off_loop
+        self._loop = asyncio.get_running_loop()
+        self._spans = SpanStream(model.target)
+        self._taken = 0
+        # At most one item a token waits here, so the longest target bounds it.
+        self._queue: asyncio.Queue[Decoded | Node] = asyncio.Queue()
+
+    def on_settled(self, begun: Decoded, nodes: Sequence[Node]) -> None:
+        """Called by the engine after each step: pass on what is new, without working on it."""
+        new: list[Decoded | Node] = [*nodes[self._taken :]]
+        if self._taken == 0 and new:
+            new.insert(0, begun)
+        self._taken = len(nodes)
+        for item in new:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def events(self, future: asyncio.Future[Decoded]) -> AsyncIterator[pb.GenerateStreamResponse]:
+        """The stream, in order: a start, the tokens, an end; raises what the engine raised."""
+        while not (future.done() and self._queue.empty()):
+            getter = asyncio.ensure_future(self._queue.get())
+            try:
+                await asyncio.wait((getter, future), return_when=asyncio.FIRST_COMPLETED)
+                if getter.done():
+                    yield await self._event(getter.result())
+            finally:
+                getter.cancel()
+        decoded = future.result()
+        yield await self._off_loop(lambda: self._end(decoded))
+
+    async def _event(self, item: Decoded | Node) -> pb.GenerateStreamResponse:
+        if isinstance(item, Node):
+            return self._token(item)
+        return await self._off_loop(lambda: self._start(item))
+
+    def _start(self, begun: Decoded) -> pb.GenerateStreamResponse:
+        attention = encoder_attention(self._asked.wanted, begun.encoder_attention)
+        tokens = map(token_message, self._asked.source)
+        return pb.GenerateStreamResponse(
+            start=pb.StreamStart(model=self._version, source_tokens=tokens, attention=attention)
+        )
+
+    def _token(self, node: Node) -> pb.GenerateStreamResponse:
+        before = len(self._spans.text)
+        token = Token(node.token, self._model.target.token_text(node.token), *self._spans.add(node.token))
+        cross = node.cross_attention[:, :, None, : len(self._asked.source)]
+        decoder = node.decoder_attention[:, :, None, -node.length :]
+        return pb.GenerateStreamResponse(
+            token=pb.StreamToken(
+                token=token_message(token, node.log_probability),
+                text=self._spans.text[before:],
+                attention=target_attention(self._asked.wanted, cross, decoder),
+            )
+        )
+
+    def _end(self, decoded: Decoded) -> pb.GenerateStreamResponse:
+        best, *others = decoded.hypotheses
+        messages = [hypothesis_message(best, self._model.target, None)]
+        messages += [hypothesis_message(other, self._model.target, self._asked.wanted) for other in others]
+        return pb.GenerateStreamResponse(end=pb.StreamEnd(hypotheses=messages))
