@@ -12,7 +12,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.errors import DataError
 from model.pairs import Pair
-from model.search import pad
+from model.steps import pad
 from model.tokenizer import BEGIN, PAD, Tokenizer
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from model.errors import DataError
 from model.metrics import group_references, score_answers
 from model.pairs import Pair
-from model.search import SearchOptions, StepModel, search
+from model.search import SearchOptions, search
+from model.steps import StepModel
 from model.tokenizer import Tokenizer
 
 

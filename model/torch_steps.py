@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from model.layers import KeyValue
-from model.search import Memory, Scores, Step
+from model.steps import Memory, Scores, Step
 from model.transformer import Decoded, Transformer
 
 

@@ -1,0 +1,25 @@
+"""Shape types: instrumented for the whole process, checked only where a test asks for it.
+
+The hook rewrites a module when it is first imported, so it stands here, ahead of every test. It leaves the checks off:
+under torch.export they would turn symbolic sizes into constants.
+"""
+
+import jaxtyping
+import pytest
+
+NETWORK = ("model.attention", "model.dropout", "model.layers", "model.transformer")
+
+jaxtyping.install_import_hook(NETWORK, "beartype.beartype")
+jaxtyping.config.update("jaxtyping_disable", True)
+
+
+@pytest.fixture
+def shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call into the network has its shapes and types checked by beartype, until the test ends."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", False)
+
+
+@pytest.fixture
+def no_shape_checks(shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    """The exception, for an exporting test in a folder that checks shapes throughout."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
