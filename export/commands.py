@@ -13,10 +13,10 @@ from rich.table import Table
 
 from export.manifest import MANIFEST, Manifest, Precision, check_files, read_manifest
 from model.config import Config, Data, PairFiles, load_config, override_data
-from model.errors import ConfigError
+from model.errors import ConfigError, DataError
 from model.evaluate import Decoder, Evaluation
 from model.evaluate import evaluate as measure
-from model.pairs import Pair, Pairs, read_files, read_pairs
+from model.pairs import Pair, Pairs, read_given, read_pairs, sample_pairs
 
 Settings = Annotated[
     list[str] | None,
@@ -29,7 +29,7 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder to write; replaced once the new one is verified.")],
     settings: Settings = None,
     validation_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Validation pairs to decode; by default all.")
+        int | None, typer.Option(min=1, help="Validation sources to decode; by default all.")
     ] = None,
     version: Annotated[
         str | None, typer.Option(help="Version of the model; by default from the checksum of its weights.")
@@ -39,7 +39,7 @@ def export(
     console = Console()
     config = load_config(checkpoint / "config.json") if (checkpoint / "config.json").is_file() else None
     data = None if config is None else override_data(config.data, settings or ())
-    pairs = [] if data is None else read_pairs(data, "validation").pairs[:validation_pairs]
+    pairs = [] if data is None else _validation_pairs(data, validation_pairs)
     from export.bundle import export_bundle
 
     with console.status("reading the checkpoint") as status:
@@ -60,6 +60,18 @@ def export(
     console.print(
         f"[bold]{bundle}[/bold]: {manifest.name} {manifest.version}, {sizes}; {parity.answers:,} sources decoded"
     )
+
+
+def _validation_pairs(data: Data, count: int | None) -> list[Pair]:
+    try:
+        read = read_pairs(data, "validation")
+    except DataError as error:
+        raise DataError(
+            f"{error}; an export is compared with PyTorch on validation data: name others with --set, for example "
+            "data.kind=cmudict, or data.validation.source=FILE and data.validation.target=FILE"
+        ) from None
+    _tell_empty(read)
+    return sample_pairs(read.pairs, count)
 
 
 def parity_table(manifest: Manifest) -> Table:
@@ -93,7 +105,7 @@ def evaluate(
     target: Annotated[Path | None, typer.Option(help="File of target lines.")] = None,
     tsv: Annotated[Path | None, typer.Option(help="TSV file of pairs, instead of the model's data.")] = None,
     settings: Settings = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many sources, drawn with a fixed seed.")] = None,
     beam_size: Annotated[int, typer.Option("--beam-size", "-b", min=1, max=16, help="1 is greedy search.")] = 1,
     length_penalty: Annotated[float, typer.Option(min=0, max=10, help="See the README on search.")] = 1.0,
     precision: Annotated[Literal["fp32", "int8"], typer.Option(help="Of a bundle.")] = "fp32",
@@ -106,10 +118,11 @@ def evaluate(
     """Score a checkpoint or a bundle: word and phoneme error rate (g2p), or BLEU and chrF (text)."""
     decoder, task, data = _load(model, precision, threads)
     if tsv or source or target:
-        read = Pairs(_given_pairs(source, target, tsv), 0)
+        read = _given_pairs(source, target, tsv)
     else:
         read = read_pairs(override_data(data, settings or ()), part)
-    pairs = read.pairs[:limit]
+    _tell_empty(read)
+    pairs = sample_pairs(read.pairs, limit)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task_id = progress.add_task(
             "decoding", total=len({pair.source for pair in pairs}) if task == "g2p" else len(pairs)
@@ -122,12 +135,17 @@ def evaluate(
     _print(model, found, beam_size, as_json=as_json)
 
 
-def _given_pairs(source: Path | None, target: Path | None, tsv: Path | None) -> list[Pair]:
+def _given_pairs(source: Path | None, target: Path | None, tsv: Path | None) -> Pairs:
     try:
         files = PairFiles(source=source, target=target, tsv=tsv)
     except ValidationError:
         raise ConfigError("give either --source and --target, or --tsv") from None
-    return [pair for pair in read_files(files) if pair.source.strip() and pair.target.strip()]
+    return read_given(files)
+
+
+def _tell_empty(read: Pairs) -> None:
+    if read.empty:
+        typer.echo(f"left out: {read.empty:,} pairs that are empty on one side or both", err=True)
 
 
 def _load(model: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
@@ -151,14 +169,13 @@ def _load(model: Path, precision: Precision, threads: int | None) -> tuple[Decod
 
 
 def _load_bundle(bundle: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
-    import os
-
+    from export.cpu import available_cpus
     from export.runtime import OnnxStepModel, RuntimeOptions
     from model.tokenizer import Tokenizer
 
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
-    options = RuntimeOptions(threads=threads or len(os.sched_getaffinity(0)))
+    options = RuntimeOptions(threads=threads or available_cpus())
     decoder = Decoder(
         OnnxStepModel(bundle, manifest, precision, options),
         Tokenizer.load(bundle / manifest.source_tokenizer),

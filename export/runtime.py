@@ -13,7 +13,7 @@ import onnxruntime as ort
 from jaxtyping import Bool, Int
 
 from export.manifest import BundleError, Graphs, GraphSpec, Manifest, Precision
-from model.search import Memory, Scores, Step
+from model.steps import Memory, Scores, Step
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

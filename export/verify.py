@@ -14,7 +14,7 @@ from model.checkpoint import Checkpoint
 from model.errors import LimelightError
 from model.evaluate import Decoder, Evaluation, evaluate
 from model.pairs import Pair
-from model.search import StepModel
+from model.steps import StepModel
 from model.torch_steps import TorchStepModel
 
 TOLERANCES: Mapping[Precision, Mapping[str, float]] = {
@@ -102,7 +102,7 @@ def verify(
     for precision, model in models.items():
         found = _evaluate(model, checkpoint, pairs, lambda count, name=precision: progress(name, count))  # type: ignore[misc]
         parity.quality[precision] = dict(found.metrics)
-        parity.equal[precision] = sum(a == b for a, b in zip(expected.answers, found.answers, strict=True))
+        parity.equal[precision] = sum(a == b for a, b in zip(expected.tokens, found.tokens, strict=True))
         problems += _wrong_answers(precision, expected, found)
     if problems:
         raise VerificationError("the export differs from the checkpoint: " + "; ".join(problems))
@@ -110,13 +110,19 @@ def verify(
 
 
 def compare_values(reference: StepModel, model: StepModel, checkpoint: Checkpoint) -> dict[str, float]:
-    """Largest absolute difference of each output over all SHAPES, the same random inputs on both sides."""
+    """Largest absolute difference of each output over SHAPES and a long one, for the same random inputs."""
     random = np.random.default_rng(0)
     largest: dict[str, float] = {}
-    for shape in SHAPES:
+    for shape in (*SHAPES, _long_shape(checkpoint)):
         for name, difference in _compare_shape(reference, model, checkpoint, shape, random).items():
             largest[name] = max(largest.get(name, 0.0), difference)
     return largest
+
+
+def _long_shape(checkpoint: Checkpoint) -> Shape:
+    # Far positions too, as far as the quadratic size of attention lets a verification go.
+    limits = checkpoint.config.model
+    return Shape(sources=(min(limits.longest_source, 512), 7), beam=1, news=(min(limits.longest_target, 512) - 1, 1))
 
 
 def _compare_shape(
@@ -131,7 +137,8 @@ def _compare_shape(
     position = 0
     for new in shape.news:
         ids = random.integers(1, len(checkpoint.target), (rows, new))
-        positions = np.arange(position, position + new)[None].repeat(rows, 0)
+        ages = np.maximum(position - np.arange(rows) % 3, 0)  # rows of different ages, their pasts right-aligned
+        positions = ages[:, None] + np.arange(new)
         parents = random.integers(0, rows, rows)
         top = min(5, len(checkpoint.target))
         left, right = (
@@ -179,7 +186,7 @@ def _wrong_answers(precision: Precision, expected: Evaluation, found: Evaluation
     if precision == "fp32":
         different = [
             f"{source!r}: {right!r}, exported {answer!r}"
-            for source, right, answer in zip(expected.sources, expected.answers, found.answers, strict=True)
+            for source, right, answer in zip(expected.sources, expected.tokens, found.tokens, strict=True)
             if answer != right
         ]
         return [f"fp32 decodes {len(different)} sources differently, such as {different[0]}"] if different else []

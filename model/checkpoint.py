@@ -5,6 +5,7 @@ config.json                  the whole configuration of the run
 tokenizer.source.json        Hugging Face tokenizers, offsets included
 tokenizer.target.json
 metrics.json                 where in the training it stands, and what it scored
+MODEL_CARD.md                of a final checkpoint
 training.pt                  optimiser and place in the data, only where training can go on
 """
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.card import CARD
 from model.config import Config, load_config
 from model.errors import CheckpointError, ConfigError
 from model.tokenizer import Tokenizer
@@ -48,13 +50,16 @@ def build_model(config: Config, source: Tokenizer, target: Tokenizer) -> Transfo
     return Transformer(config.model, len(source), len(target))
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, card: str | None = None
+) -> None:
     """Write a checkpoint atomically: the folder appears complete, or not at all.
 
     Args:
         folder: where to; replaced if it exists.
         checkpoint: what.
         dtype: store the weights in this type, float16 to halve the size; None as they are.
+        card: a model card to put beside them.
     """
     with atomic_folder(folder) as temporary:
         save_file(_own_weights(checkpoint.model, dtype), temporary / WEIGHTS)
@@ -62,6 +67,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | N
         checkpoint.source.save(temporary / SOURCE_TOKENIZER)
         checkpoint.target.save(temporary / TARGET_TOKENIZER)
         (temporary / METRICS).write_text(json.dumps(dict(checkpoint.metrics), indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
         if checkpoint.training is not None:
             torch.save(dict(checkpoint.training), temporary / TRAINING)
 
@@ -79,6 +86,8 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     missing = [name for name in (WEIGHTS, CONFIG, SOURCE_TOKENIZER, TARGET_TOKENIZER) if not (folder / name).is_file()]
+    if missing and (folder / "final" / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder}: the folder of a run, not a checkpoint: did you mean {folder / 'final'}?")
     if missing:
         raise CheckpointError(f"{folder}: not a checkpoint, it has no {', '.join(missing)}")
     config = _read_config(folder / CONFIG)

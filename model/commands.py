@@ -1,5 +1,6 @@
 """`limelight train`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -42,5 +43,7 @@ def train(
     try:
         run(loaded, folder, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; go on with: limelight train {config} --output {folder} --resume", err=True)
+        again = ["limelight", "train", str(config), "--output", str(folder), "--resume"]
+        again += [part for setting in settings or () for part in ("--set", setting)]
+        typer.echo(f"interrupted; go on with: {shlex.join(again)}", err=True)
         raise typer.Exit(130) from None

@@ -303,7 +303,7 @@ def override_data(data: Data, overrides: Sequence[str]) -> Data:
         ConfigError: an override is not of the data section, or the result is not valid.
     """
     values: dict[str, Any] = {"data": data.model_dump(mode="json", exclude_unset=True)}
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("data.kind=")):
         if not override.startswith("data."):
             raise ConfigError(f"--set {override}: only values of the data section can be replaced here, data.KEY=VALUE")
         if override.startswith("data.kind="):

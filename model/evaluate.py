@@ -19,12 +19,14 @@ class Evaluation:
         metrics: wer and per, or bleu and chrf, in percent.
         sources: the distinct sources (g2p) or all of them in order (text).
         answers: the best hypothesis of each.
+        tokens: ids of each answer.
         too_long: sources over the model's limit; they count as answered with nothing.
     """
 
     metrics: Mapping[str, float]
     sources: list[str]
     answers: list[str]
+    tokens: list[list[int]]
     too_long: int
 
 
@@ -38,15 +40,15 @@ class Decoder:
     longest_source: int
     longest_target: int
 
-    def answers(
+    def generate(
         self,
         texts: Sequence[str],
         beam_size: int = 1,
         length_penalty: float = 1.0,
         batch_tokens: int = 4000,
         progress: Callable[[int], None] = lambda count: None,
-    ) -> tuple[list[str], int]:
-        """The best answer to each text, and how many texts were over the limit (their answer is empty).
+    ) -> list[list[int] | None]:
+        """Token ids of the best answer to each text; None for a text that is over the limit.
 
         Args:
             texts: sources.
@@ -61,15 +63,30 @@ class Decoder:
             key=lambda index: len(encoded[index]),
         )
         options = SearchOptions(longest=self.longest_target, beam_size=beam_size, length_penalty=length_penalty)
-        answers = [""] * len(texts)
+        generated: list[list[int] | None] = [None] * len(texts)
         while order:
-            count = max(1, batch_tokens // beam_size // len(encoded[order[min(len(order), batch_tokens) - 1]]))
+            # Sorted by length: the last of a batch is its longest.
+            count = 1
+            while count < len(order) and (count + 1) * beam_size * len(encoded[order[count]]) <= batch_tokens:
+                count += 1
             batch, order = order[:count], order[count:]
             found = search(self.model, [encoded[index] for index in batch], [options] * len(batch))
             for index, hypotheses in zip(batch, found, strict=True):
-                answers[index] = self.target.decode(hypotheses[0].tokens)
+                generated[index] = hypotheses[0].tokens
             progress(len(batch))
-        return answers, sum(len(ids) > self.longest_source for ids in encoded)
+        return generated
+
+    def answers(
+        self,
+        texts: Sequence[str],
+        beam_size: int = 1,
+        length_penalty: float = 1.0,
+        batch_tokens: int = 4000,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> tuple[list[str], int]:
+        """As `generate`, in text: the answers, and how many texts were over the limit (their answer is empty)."""
+        generated = self.generate(texts, beam_size, length_penalty, batch_tokens, progress)
+        return [self.target.decode(tokens or []) for tokens in generated], generated.count(None)
 
 
 def evaluate(
@@ -106,5 +123,7 @@ def evaluate(
         sources, references = list(grouped), list(grouped.values())
     else:
         sources, references = [pair.source for pair in pairs], [[pair.target] for pair in pairs]
-    answers, too_long = decoder.answers(sources, beam_size, length_penalty, progress=progress)
-    return Evaluation(score_answers(task, answers, references), sources, answers, too_long)
+    generated = decoder.generate(sources, beam_size, length_penalty, progress=progress)
+    answers = [decoder.target.decode(tokens or []) for tokens in generated]
+    metrics = score_answers(task, answers, references)
+    return Evaluation(metrics, sources, answers, [tokens or [] for tokens in generated], generated.count(None))

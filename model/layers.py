@@ -29,8 +29,10 @@ def sinusoids(
         d_model: even width.
         layout: "half" puts all sines before all cosines; "interleaved" alternates them, as the paper writes it.
     """
-    pair = torch.arange(d_model // 2, device=positions.device, dtype=torch.float32)
-    angle = positions[..., None].to(torch.float32) * torch.exp(pair * (-2 * math.log(10_000.0) / d_model))
+    # Frequencies in float64, rounded once: so PyTorch and an exported graph, which computes them its own way, agree.
+    pair = torch.arange(d_model // 2, device=positions.device, dtype=torch.float64)
+    frequency = torch.exp(pair * (-2 * math.log(10_000.0) / d_model)).to(torch.float32)
+    angle = positions[..., None].to(torch.float32) * frequency
     if layout == "interleaved":
         return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
     return torch.cat((angle.sin(), angle.cos()), -1)

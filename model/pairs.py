@@ -6,6 +6,7 @@ Bad data stops with an error that names file and line; pairs that are left out a
 import gzip
 import hashlib
 import importlib.util
+import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
@@ -62,6 +63,29 @@ def read_pairs(data: Data, part: Part) -> Pairs:
                 raise DataError(f"data.{part} is not configured: add [data.{part}] with source and target, or tsv")
             found = read_files(files)
     return _without_empty(found, f"data of kind {data.kind!r}, part {part!r}")._replace(others=others)
+
+
+def read_given(files: PairFiles) -> Pairs:
+    """Read files named for once, as `read_files`, empty pairs left out and counted.
+
+    Raises:
+        DataError: see `read_files`; or nothing is left.
+    """
+    return _without_empty(
+        read_files(files), " and ".join(str(path) for path in (files.tsv, files.source, files.target) if path)
+    )
+
+
+def sample_pairs(pairs: Sequence[Pair], sources: int | None) -> list[Pair]:
+    """All pairs of so many sources, the same ones every time; all there are for None.
+
+    Sources are drawn rather than pairs, so that none loses a right answer.
+    """
+    distinct = list(dict.fromkeys(pair.source for pair in pairs))
+    if sources is None or sources >= len(distinct):
+        return list(pairs)
+    chosen = set(random.Random(0).sample(distinct, sources))
+    return [pair for pair in pairs if pair.source in chosen]
 
 
 def read_files(files: PairFiles) -> list[Pair]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -67,7 +68,8 @@ def join_processes() -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while the first validates, which may take longer than the default's ten minutes.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     try:
         yield Processes(rank, world, device)
     finally:

@@ -53,12 +53,16 @@ class RunFolder:
         Raises:
             ConfigError: a run is there, and neither was asked for.
         """
-        self._clean()
+        if not self.path.exists():  # tells at once, not after reading the data, whether it can be made
+            self.path.mkdir(parents=True)
+            self.path.rmdir()
         found = self.checkpoints()
         if (found or self.final.exists()) and not (resume or overwrite):
             raise ConfigError(
                 f"{self.path} holds a training run already: --resume goes on with it, --overwrite removes it"
             )
+        self._clean()
+        found = self.checkpoints()
         if overwrite and not resume:
             for path in (*found, self.best, self.final, self.events):
                 shutil.rmtree(path, ignore_errors=True)

@@ -20,10 +20,13 @@ from jaxtyping import Float, Int
 
 from model.errors import InvalidRequestError
 from model.steps import Memory, Scores, StepModel, pad
-from model.tokenizer import BEGIN, END
+from model.tokenizer import BEGIN, END, PAD
 
 LARGEST_BEAM = 16
 """Most hypotheses kept at a time: beyond it, beam search costs more and finds worse answers."""
+
+UNWRITABLE = frozenset({PAD, BEGIN})
+"""Tokens that stand for no text: a hypothesis with one would look the same as one without."""
 
 LARGEST_LENGTH_PENALTY = 10.0
 """Beyond it, length alone decides between hypotheses."""
@@ -123,8 +126,8 @@ class BeamSearch:
 
     @property
     def top(self) -> int:
-        """Candidates wanted of each row: enough for a full beam even if every row's best is the end token."""
-        return self.options.beam_size + (self.options.beam_size > 1)
+        """Candidates wanted of each row: enough for a full beam even if the end token and both unwritable ones lead."""
+        return self.options.beam_size + (self.options.beam_size > 1) + len(UNWRITABLE)
 
     def advance(
         self,
@@ -159,6 +162,7 @@ class BeamSearch:
             ((node.total if node else 0.0) + log_probability, row, token, log_probability)
             for row, node in enumerate(self._live)
             for log_probability, token in zip(log_probabilities[row].tolist(), ids[row].tolist(), strict=True)
+            if token not in UNWRITABLE
         ]
         # A stable sort by total alone: ties go to the better row, and within a row to the model's own order.
         return sorted(found, key=lambda candidate: -candidate[0])[: 2 * self.options.beam_size]

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from model.batches import Batch, BatchStream, Examples, encode_pairs
+from model.card import model_card
 from model.checkpoint import Checkpoint, average_weights, build_model, load_checkpoint, save_checkpoint
 from model.config import Config
 from model.metrics import LOWER_IS_BETTER
@@ -213,8 +214,10 @@ class Trainer:
         for name, averaged in candidates.items():
             measured = self._measure_average(averaged)
             if not chosen or sign * measured[self._options.metric] < sign * chosen[self._options.metric]:
-                chosen = {"update": self.update, "chosen": name, **measured}
-                save_checkpoint(self._run.final, self._checkpoint(chosen), self._final_dtype)
+                update = load_checkpoint(averaged[-1]).metrics["update"]
+                chosen = {"update": update, "chosen": name, **measured}
+                card = model_card(self._config, chosen, sum(weight.numel() for weight in self.model.parameters()))
+                save_checkpoint(self._run.final, self._checkpoint(chosen), self._final_dtype, card)
         report.final(self._run.final, chosen)
         return chosen
 
@@ -269,7 +272,13 @@ class Trainer:
         if self._processes.world > 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.signal(signal.SIGINT, lambda *_: self._interrupted.set())
+        previous = signal.getsignal(signal.SIGINT)
+
+        def interrupt(*_: object) -> None:
+            self._interrupted.set()
+            signal.signal(signal.SIGINT, previous)  # a second one stops at once
+
+        signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:

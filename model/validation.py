@@ -1,6 +1,5 @@
 """How good a network is in the middle of its training: loss on all validation pairs, a metric on some, a picture."""
 
-import random
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from model.batches import Batch, Example, bucket, collate
 from model.config import Config
 from model.evaluate import Decoder, evaluate
-from model.pairs import Pairs
+from model.pairs import Pairs, sample_pairs
 from model.picture import AttentionPicture
 from model.search import score
 from model.tokenizer import PAD, Tokenizer
@@ -42,9 +41,8 @@ class Validation:
         device: torch.device,
     ) -> None:
         self._config, self._source, self._target, self._device = config, source, target, device
-        count = min(config.training.validation_pairs, len(validation.pairs))
-        chosen = sorted(random.Random(0).sample(range(len(validation.pairs)), count))
-        self._pairs, self._others = [validation.pairs[index] for index in chosen], validation.others
+        self._pairs = sample_pairs(validation.pairs, config.training.validation_pairs)
+        self._others = validation.others
         batches = bucket(examples, 4000, seed=0, epoch=0)
         self._batches = [collate([examples[index] for index in batch]) for batch in batches]
         short = (example for example in examples if max(map(len, example)) <= PICTURE_LENGTH)

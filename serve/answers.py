@@ -210,7 +210,7 @@ class ModelInfo:
         alignment: which cross-attention aligns best; None where that was not measured.
         precision: of its weights, "fp32", "int8" or "fp16".
         provider: what runs it, "cpu" or "cuda".
-        quality: measured, in percent, by metric.
+        quality: of its checkpoint on its own validation data, by metric; all but the loss in percent.
     """
 
     name: str

@@ -7,11 +7,12 @@ from typing import Literal
 import numpy as np
 import onnxruntime as ort
 
+from export.cpu import available_cpus
 from export.manifest import BundleError, Manifest, Precision, check_files, read_manifest
 from export.runtime import OnnxStepModel, RuntimeOptions
 from model.search import SearchOptions, search
+from model.steps import StepModel
 from model.tokenizer import END, Tokenizer
-from serve.cpu import available_cpus
 from serve.errors import ProviderError
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -36,7 +37,7 @@ class ServedModel:
     manifest: Manifest
     source: Tokenizer
     target: Tokenizer
-    steps: OnnxStepModel
+    steps: StepModel
     precision: Precision
     provider: str
     threads: int

@@ -54,6 +54,10 @@ def main() -> None:
         app()
     except LimelightError as error:
         _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,4 +49,7 @@ def serve(
             temporary.replace(port_file)
 
     finished = asyncio.run(serve_until_signal(model, options, ready))
-    raise typer.Exit(0 if finished else 1)
+    if not finished:
+        # The engine's thread may be deep in a run that nothing can join: leave without tearing the interpreter down.
+        logging.shutdown()
+        os._exit(1)

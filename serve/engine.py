@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from model.search import Decoding, Hypothesis, Node, SearchOptions, StepModel, pad, score
+from model.search import Decoding, Hypothesis, Node, SearchOptions, score
+from model.steps import StepModel, pad
 from serve.errors import EngineError, QueueFullError, ShuttingDownError
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ class EngineLimits:
     rows: int = 64
     """Most rows (sentences times beams) in a batch."""
     batch_tokens: int = 16384
-    """Most padded source tokens, times beams, in a batch."""
+    """Most padded tokens of source or target, times beams, in a batch."""
+    batch_attention: int = 8 * 1024 * 1024
+    """Most weights of one attention head in a batch: rows times the square of the longest side."""
 
 
 @dataclass(eq=False)
@@ -138,7 +141,7 @@ class Engine:
         """
         ticket = Ticket(job)
         with self._changed:
-            if self._stopping:
+            if self._stopping or not self.alive:
                 raise ShuttingDownError("the server is shutting down and takes no new requests")
             if len(self._queue) >= self._limits.queue:
                 self._drop_cancelled()
@@ -188,12 +191,13 @@ class Engine:
             return True
         beam = ticket.job.options.beam_size
         rows = (len(batch) + 1) * beam
-        longest = max(len(other.job.source) for other in (*batch, ticket))
+        longest = max(max(len(other.job.source), len(other.job.target or ())) for other in (*batch, ticket))
         return (
             beam == batch[0].job.options.beam_size
             and (ticket.job.target is None) == (batch[0].job.target is None)
             and rows <= self._limits.rows
             and rows * longest <= self._limits.batch_tokens
+            and rows * longest**2 <= self._limits.batch_attention
         )
 
     def _run(self, batch: list[Ticket]) -> None:

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serve.bundle import ServedModel
 from serve.engine import Engine, EngineLimits
-from serve.errors import AddressError, ShuttingDownError, status_of
+from serve.errors import AddressError, QueueFullError, ShuttingDownError, status_of
 from serve.pb.limelight.v1 import limelight_pb2, limelight_pb2_grpc
 from serve.service import LimelightService
 
@@ -51,6 +51,12 @@ class ServerOptions:
     """Address to listen on: by default this machine alone."""
     port: int = 50051
     """Port to listen on; 0 takes a free one."""
+
+    @property
+    def authority(self) -> str:
+        """The host as it stands before a colon and a port."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
     grace: float = 30.0
     """Seconds that calls in flight have to finish when stopping."""
     limits: EngineLimits = field(default_factory=EngineLimits)
@@ -95,12 +101,16 @@ class Server:
 class Calls(grpc.aio.ServerInterceptor):
     """Counts calls in flight, refuses new ones while draining, and turns errors into status codes.
 
+    Args:
+        most: calls in flight, beyond which new ones are refused before anything is done for them.
+
     Attributes:
         draining: no new calls are taken.
         in_flight: calls being answered; health and reflection do not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self.draining = False
         self.in_flight = 0
         self._idle = asyncio.Event()
@@ -135,38 +145,39 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _wrap_unary(self, answer: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            self._enter()
+            self._enter(context)
             try:
-                self._refuse_if_draining()
+                self._admit()
                 return await answer(request, context)
             except Exception as error:
                 await _abort(context, error)
-            finally:
-                self._leave()
 
         return call
 
     def _wrap_stream(self, answer: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            self._enter()
+            self._enter(context)
             try:
-                self._refuse_if_draining()
+                self._admit()
                 async for response in answer(request, context):
                     yield response
             except Exception as error:
                 await _abort(context, error)
-            finally:
-                self._leave()
 
         return call
 
-    def _refuse_if_draining(self) -> None:
+    def _admit(self) -> None:
         if self.draining:
             raise ShuttingDownError("the server is shutting down and takes no new requests")
+        if self.in_flight > self._most:
+            raise QueueFullError(f"{self._most} requests are being answered or wait, which is the limit: retry later")
 
-    def _enter(self) -> None:
+    def _enter(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self.in_flight += 1
         self._idle.clear()
+        leave: Any = lambda _: self._leave()  # noqa: E731  # grpc's types ask for a class of theirs
+        # Not when the handler returns: gRPC still has to send what it returned.
+        context.add_done_callback(leave)
 
     def _leave(self) -> None:
         self.in_flight -= 1
@@ -192,7 +203,7 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     Raises:
         AddressError: the address cannot be listened on.
     """
-    calls = Calls()
+    calls = Calls(options.limits.queue + 2 * options.limits.rows)
     server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
     engine = Engine(model.steps, options.limits)
     limelight_pb2_grpc.add_LimelightServiceServicer_to_server(LimelightService(model, engine), server)
@@ -200,10 +211,12 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(f"{options.host}:{options.port}")
-    except RuntimeError as error:
+        port = server.add_insecure_port(f"{options.authority}:{options.port}")
+    except RuntimeError:
         engine.stop()
-        raise AddressError(f"cannot listen on {options.host}:{options.port}: {error}; is it in use?") from None
+        raise AddressError(
+            f"cannot listen on {options.authority}:{options.port}: is another server there? Port 0 takes a free one"
+        ) from None
     await server.start()
     for name in ("", SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -226,7 +239,11 @@ async def serve_until_signal(model: ServedModel, options: ServerOptions, ready: 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    ready(server.port)
+    try:
+        ready(server.port)
+    except BaseException:
+        await server.stop(0)
+        raise
     log.info("stopping: signal %s", signal.Signals(await signals.get()).name)
     stopping = asyncio.ensure_future(server.stop(options.grace))
     impatient = asyncio.ensure_future(signals.get())

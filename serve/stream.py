@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from model.search import Node
 from model.tokenizer import SpanStream, Token
 from serve.bundle import ServedModel
-from serve.convert import Asked, encoder_attention, hypothesis_message, target_attention, token_message
+from serve.convert import Asked, check_size, encoder_attention, hypothesis_message, target_attention, token_message
 from serve.engine import Decoded
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
@@ -84,4 +84,5 @@ class TokenStream:
         best, *others = decoded.hypotheses
         messages = [hypothesis_message(best, self._model.target, None)]
         messages += [hypothesis_message(other, self._model.target, self._asked.wanted) for other in others]
+        check_size(one for message in messages for one in message.attention)
         return pb.GenerateStreamResponse(end=pb.StreamEnd(hypotheses=messages))
