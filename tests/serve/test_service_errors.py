@@ -1,0 +1,189 @@
+"""Every mistake has its status code and a text that names it; what is no client's fault keeps its details to itself."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from model.steps import Memory
+from serve.bundle import ServedModel
+from serve.pb.limelight.v1 import limelight_pb2 as pb
+from tests.serve.attention import CROSS
+from tests.serve.running import PATIENCE, Running, serving
+from tests.serve.steps import Echo
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "Generate": pb.GenerateRequest,
+    "GenerateStream": pb.GenerateStreamRequest,
+    "Score": pb.ScoreRequest,
+}
+"""The calls that take a text, and their requests."""
+
+INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+
+OF_ALL: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
+    "no text": ({"source": ""}, INVALID, "source: is empty"),
+    "white space": ({"source": " \n"}, INVALID, "source: is empty"),
+    "too long": (
+        {"source": "a" * 24},
+        INVALID,
+        "source: 25 tokens, the end token among them, are over the limit of 24; split the text",
+    ),
+    "far too long": (
+        {"source": "a" * 100_000},
+        INVALID,
+        "source: 100000 characters cannot be within the limit of 24 tokens; split the text",
+    ),
+    "another model": ({"model": "g2p"}, NOT_FOUND, "model 'g2p' is not served here; 'reversal' is"),
+    "no such family": (
+        {"attention": pb.AttentionOptions(families=[4])},  # type: ignore[list-item]
+        INVALID,
+        "attention.families: 4 is not a family; known: 1 (encoder), 2 (decoder), 3 (cross)",
+    ),
+    "no such layer": (
+        {"attention": pb.AttentionOptions(families=[CROSS], layers=[1])},
+        INVALID,
+        "attention.layers: 1 does not exist: cross attention has layers 0 to 0",
+    ),
+    "no such head": (
+        {"attention": pb.AttentionOptions(families=[CROSS], heads=[0, 2])},
+        INVALID,
+        "attention.heads: 2 does not exist: cross attention has heads 0 to 1",
+    ),
+    "a family twice": (
+        {"attention": pb.AttentionOptions(families=[CROSS, CROSS])},
+        INVALID,
+        "attention.families: ['cross', 'cross'] names one twice",
+    ),
+}
+"""Mistakes that every call refuses: what is asked, the code, and the text."""
+
+OF_ONE: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
+    "beam size": (
+        "Generate",
+        pb.GenerateRequest(source="ab", search=pb.SearchOptions(beam_size=17)),
+        INVALID,
+        "beam_size: 17 is not from 1 to 16",
+    ),
+    "hypotheses": (
+        "GenerateStream",
+        pb.GenerateStreamRequest(source="ab", search=pb.SearchOptions(beam_size=2, hypotheses=3)),
+        INVALID,
+        "hypotheses: 3 is not from 1 to 2 (beam_size)",
+    ),
+    "longest": (
+        "Generate",
+        pb.GenerateRequest(source="ab", search=pb.SearchOptions(longest=21)),
+        INVALID,
+        "longest: 21 is over the model's limit of 20 tokens",
+    ),
+    "no target": ("Score", pb.ScoreRequest(source="ab"), INVALID, "target: is empty"),
+    "long target": (
+        "Score",
+        pb.ScoreRequest(source="ab", target="a" * 20),
+        INVALID,
+        "target: 21 tokens, the end token among them, are over the limit of 20; split the text",
+    ),
+    "penalty": (
+        "Score",
+        pb.ScoreRequest(source="ab", target="ba", length_penalty=-1),
+        INVALID,
+        "length_penalty: -1.0 is not from 0.0 to 10.0",
+    ),
+    "another model": (
+        "GetModel",
+        pb.GetModelRequest(model="x"),
+        NOT_FOUND,
+        "model 'x' is not served here; 'reversal' is",
+    ),
+}
+
+
+def answered(running: Running, call: str, request: Any) -> list[Any]:
+    answer = getattr(running.stub, call)(request, timeout=PATIENCE)
+    return list(answer) if call == "GenerateStream" else [answer]
+
+
+def refused(running: Running, call: str, request: Any) -> tuple[grpc.StatusCode, str]:
+    """Code and text of a call that fails."""
+    with pytest.raises(grpc.RpcError) as caught:
+        answered(running, call, request)
+    error: Any = caught.value
+    return error.code(), error.details()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("mistake", OF_ALL)
+def test_every_call_refuses(running: Running, call: str, mistake: str) -> None:
+    asked, code, text = OF_ALL[mistake]
+    target = {"target": "ba"} if call == "Score" else {}
+    assert refused(running, call, CALLS[call](**{"source": "ab"} | target | asked)) == (code, text)
+
+
+@pytest.mark.parametrize("mistake", OF_ONE)
+def test_a_call_refuses(running: Running, mistake: str) -> None:
+    call, request, code, text = OF_ONE[mistake]
+    assert refused(running, call, request) == (code, text)
+
+
+UNKNOWN = b"\xf8\x3f\x01"
+"""Field 1023, of no message of ours, as a number."""
+
+
+@pytest.mark.parametrize("call", [*CALLS, "GetModel"])
+def test_a_field_that_the_server_does_not_know_is_refused(running: Running, call: str) -> None:
+    request = CALLS[call](source="ab") if call in CALLS else pb.GetModelRequest()
+    request.MergeFromString(UNKNOWN)
+    assert refused(running, call, request) == (INVALID, "request: field number 1023 is not known to this server")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_so_is_one_inside_an_option(running: Running, call: str) -> None:
+    attention = pb.AttentionOptions(families=[CROSS])
+    attention.MergeFromString(UNKNOWN)
+    found = refused(running, call, CALLS[call](source="ab", attention=attention))
+    assert found == (INVALID, "attention: field number 1023 is not known to this server")
+
+
+def test_a_mistake_leaves_the_next_call_alone(running: Running) -> None:
+    refused(running, "Generate", pb.GenerateRequest())
+    assert running.stub.Generate(pb.GenerateRequest(source="abcd")).hypotheses[0].text == "dcba"
+
+
+def test_there_are_no_other_calls(running: Running) -> None:
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = running.channel.unary_unary(
+        "/limelight.v1.LimelightService/Explain"
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"", timeout=PATIENCE)
+    error: Any = caught.value
+    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+class Broken(Echo):
+    """Fails in a way that no client may read of."""
+
+    def encode(self, source_ids: np.ndarray, source_mask: np.ndarray) -> Memory:
+        raise RuntimeError(f"a secret of the server: {source_ids[source_mask]}")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_fault_of_the_server_keeps_its_details(
+    served: ServedModel, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    target = {"target": "ba"} if call == "Score" else {}
+    with serving(dataclasses.replace(served, steps=Broken())) as broken:
+        code, text = refused(broken, call, CALLS[call](source="ab", **target))
+        assert code == grpc.StatusCode.INTERNAL
+        found = re.fullmatch(r"internal error \(request ([0-9a-f]{12}) in the server's log\)", text)
+        assert found, text
+        logged = [record for record in caplog.records if record.levelno == logging.ERROR]
+        assert [record.name for record in logged] == ["serve.engine", "serve.server"]
+        assert f"request {found[1]} failed" in caplog.text
+        assert "a secret of the server" in caplog.text
+        assert broken.stub.GetModel(pb.GetModelRequest()).model.name == "reversal"
