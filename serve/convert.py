@@ -135,6 +135,8 @@ def attention_wanted(message: pb.AttentionOptions, manifest: Manifest) -> Attent
     Raises:
         InvalidRequestError: a family, layer, head, reduction or type that does not exist, or one asked for twice.
     """
+    if not message.families and (message.layers or message.heads):
+        raise InvalidRequestError("attention.families", "layers or heads are chosen, but no family of attention")
     families = []
     for number in message.families:
         if number not in FAMILIES:

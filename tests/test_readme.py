@@ -121,3 +121,7 @@ def test_named_files_exist() -> None:
     )
     assert linked
     assert [name for name in linked if not (REPOSITORY / name).exists()] == []
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
