@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from export.bundle import export_bundle
 from export.manifest import Manifest
 from export.verify import Parity
@@ -81,8 +83,11 @@ def reversal_model(folder: Path) -> Reversal:
     for part, found in parts().items():
         (folder / f"{part}.tsv").write_text("".join(f"{text}\t{text[::-1]}\n" for text in found), encoding="utf-8")
     checkpoint, bundle = folder / "run" / "final", folder / "bundle"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that sums, and with them what is learnt, do not depend on how many cores there are
     with chdir(folder):  # the configuration's paths are relative, so that nothing of this machine goes into the bundle
         train(reversal_config(), folder / "run")
+    torch.set_num_threads(threads)
     manifest, parity = export_bundle(checkpoint, bundle, pairs(parts()["validation"]), version="1")
     return Reversal(folder, checkpoint, bundle, manifest, parity)
 

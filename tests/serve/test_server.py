@@ -89,10 +89,10 @@ def test_a_cancelled_call_gives_its_row_back(gated: Running, gate: Gated, kind: 
     gate.wait()
     call.cancel()
     gated.until_idle()
-    after = generate(gated.stub, "ab")
+    after = generate(gated.stub, "abcd")
     gate.open()
-    assert after.result().hypotheses[0].text == "ba"
-    assert gate.rows == [1, 1, 1, 1]  # one step of the cancelled call, three of the next
+    assert after.result().hypotheses[0].text == "dcba"
+    assert gate.rows == [1] * 6  # one step of the cancelled call, five of the next
 
 
 @pytest.mark.parametrize("kind", CALLS)
@@ -102,10 +102,10 @@ def test_a_deadline_gives_its_row_back(gated: Running, gate: Gated, kind: str) -
     found = status(lambda: call.result() if kind == "unary" else next(call))
     assert found == (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
     gated.until_idle()
-    after = generate(gated.stub, "ab")
+    after = generate(gated.stub, "abcd")
     gate.open()
-    assert after.result().hypotheses[0].text == "ba"
-    assert gate.rows == [1, 1, 1, 1]
+    assert after.result().hypotheses[0].text == "dcba"
+    assert gate.rows == [1] * 6
 
 
 def test_a_stream_is_sent_as_it_is_decoded(gated: Running, gate: Gated) -> None:
@@ -125,7 +125,7 @@ def test_a_full_queue_is_told(gated: Running, gate: Gated) -> None:
     first = generate(gated.stub)
     gate.wait()
     done: SimpleQueue[Any] = SimpleQueue()
-    calls = [generate(gated.stub, "ab") for _ in range(3)]
+    calls = [generate(gated.stub, "abcd") for _ in range(3)]
     for call in calls:
         call.add_done_callback(done.put)
     refused = done.get(timeout=PATIENCE)
@@ -133,4 +133,4 @@ def test_a_full_queue_is_told(gated: Running, gate: Gated) -> None:
     assert (refused.code(), refused.details()) == expected
     gate.open()
     assert first.result().hypotheses[0].text == "hgfedcba"
-    assert [call.result().hypotheses[0].text for call in calls if call is not refused] == ["ba", "ba"]
+    assert [call.result().hypotheses[0].text for call in calls if call is not refused] == ["dcba", "dcba"]
