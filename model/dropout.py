@@ -1,6 +1,6 @@
 """Dropout (Srivastava et al. 2014) whose random numbers are cheap on a CPU.
 
-PyTorch draws a 53-bit number for every element on one thread, a good part of a small model's training step. Sixteen bits
+PyTorch draws a 53-bit number for every element on one thread, a good part of a small training step. Sixteen bits
 decide as well: four elements share one 64-bit draw, and the probability is exact to 1/65,536.
 `bench/dropout.py` compares the two.
 """
