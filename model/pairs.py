@@ -38,7 +38,9 @@ class Pairs(NamedTuple):
     empty: int
     """Pairs left out because one side or both were empty."""
     others: tuple[Pair, ...] = ()
-    """Right answers to the same sources that stand in another part: never learnt from here, but right in scoring."""
+    """Right answers to the same sources that stand in another part: never learnt from, but right in scoring."""
+    withheld: int = 0
+    """Pairs left out of training because their source is one that is scored."""
 
 
 def read_pairs(data: Data, part: Part) -> Pairs:
@@ -49,6 +51,7 @@ def read_pairs(data: Data, part: Part) -> Pairs:
         MissingExtraError: the built-in dictionary is not installed.
     """
     others: tuple[Pair, ...] = ()
+    withheld = 0
     match data:
         case CmudictData():
             # Pronunciations that differ in stress alone become one when it is left out.
@@ -57,12 +60,17 @@ def read_pairs(data: Data, part: Part) -> Pairs:
         case Cmudict07bData():
             found = list(_read_cmudict_07b(data.folder, part))
             others = _other_pronunciations(data.folder, part, found)
+            if part == "train":
+                apart = _without_scored_words(data.folder, found)
+                found, withheld = apart, len(found) - len(apart)
         case PairsData():
             files: PairFiles | None = getattr(data, part)
             if files is None:
                 raise DataError(f"data.{part} is not configured: add [data.{part}] with source and target, or tsv")
             found = read_files(files)
-    return _without_empty(found, f"data of kind {data.kind!r}, part {part!r}")._replace(others=others)
+    return _without_empty(found, f"data of kind {data.kind!r}, part {part!r}")._replace(
+        others=others, withheld=withheld
+    )
 
 
 def read_given(files: PairFiles) -> Pairs:
@@ -208,8 +216,20 @@ def _other_pronunciations(folder: Path, part: Part, found: Sequence[Pair]) -> tu
     if part == "train":
         return ()
     words = {pair.source for pair in found}
-    elsewhere = [other for other in CMUDICT_07B_FILES if other != part and _cmudict_07b_file(folder, other)]
-    return tuple(pair for other in elsewhere for pair in _read_cmudict_07b(folder, other) if pair.source in words)
+    return tuple(pair for pair in _read_other_parts(folder, part) if pair.source in words)
+
+
+def _without_scored_words(folder: Path, found: Sequence[Pair]) -> list[Pair]:
+    # A word whose pronunciation is in part known would make validation look better than the test, whose words are all
+    # new, or worse where the known one is given; so those words are not learnt from at all.
+    scored = {pair.source for pair in _read_other_parts(folder, "train")}
+    return [pair for pair in found if pair.source not in scored]
+
+
+def _read_other_parts(folder: Path, part: Part) -> Iterator[Pair]:
+    for other in CMUDICT_07B_FILES:
+        if other != part and _cmudict_07b_file(folder, other):
+            yield from _read_cmudict_07b(folder, other)
 
 
 def _read_cmudict_07b(folder: Path, part: Part) -> Iterator[Pair]:

@@ -67,10 +67,11 @@ class Report:
     def data(self, material: "Material", model: Transformer) -> None:
         """What is learnt from, what was left out, and how large the network is."""
         parameters = sum(weight.numel() for weight in model.parameters())
+        withheld = f", {material.withheld:,} of sources that are scored" if material.withheld else ""
         self.console.print(
             f"{len(material.train.examples):,} training and {len(material.validation.examples):,} validation pairs; "
             f"left out: {material.empty:,} empty, {material.train.too_long + material.validation.too_long:,} over "
-            f"{self._config.model.longest_source} source or {self._config.model.longest_target} target tokens"
+            f"{self._config.model.longest_source} source or {self._config.model.longest_target} target tokens{withheld}"
         )
         self.console.print(
             f"{parameters:,} parameters; vocabularies of {len(material.source):,} and {len(material.target):,} tokens"

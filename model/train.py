@@ -44,6 +44,7 @@ class Material:
     validation: Examples
     validation_pairs: Pairs
     empty: int
+    withheld: int
 
 
 def prepare(config: Config, processes: Processes, resumed: Checkpoint | None = None) -> Material:
@@ -65,6 +66,7 @@ def prepare(config: Config, processes: Processes, resumed: Checkpoint | None = N
         encode_pairs(validation.pairs, source, target, config.model, "validation data"),
         validation,
         train.empty + validation.empty,
+        train.withheld,
     )
 
 

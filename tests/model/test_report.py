@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import model.report
+from model.config import Cmudict07bData
+from model.pairs import CMUDICT_07B_FILES
 from model.picture import AttentionPicture
 from model.report import Report
 from model.train import train
@@ -53,6 +55,18 @@ def test_a_training_tells_what_it_does(tmp_path: Path, capsys: pytest.CaptureFix
     measured = r"loss \d\.\d{3}  bleu \d+\.\d{3}  chrf \d+\.\d{3}"
     assert all(re.fullmatch(rf"update \d+: validation {measured}", line) for line in validations)
     assert re.fullmatch(rf"{re.escape(str(tmp_path))}/run/final: update 10  chosen \w.*  {measured}", last)
+
+
+def test_a_training_tells_of_words_that_it_must_not_learn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = {"train": "READ  R EH D\nOR  AO R\n", "validation": "READ  R IY D\n"}
+    for part, text in lines.items():
+        (tmp_path / CMUDICT_07B_FILES[part]).write_text(text)  # type: ignore[index]
+    data = Cmudict07bData(kind="cmudict-0.7b", folder=tmp_path)
+    config = tiny_config(tmp_path, {"updates": 1, "warmup": 1}).model_copy(update={"data": data})
+    train(config, tmp_path / "run")
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("1 training and 1 validation pairs; ")
+    assert first.endswith(", 1 of sources that are scored")
 
 
 def test_a_resumed_training_tells_where_it_goes_on(
