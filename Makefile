@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LIMELIGHT := $(BIN)/limelight
 READY := $(VENV)/.ready
+PEER := $(VENV)/.bench
 
 CONFIG ?= configs/g2p-quick.toml
 CHECKPOINT ?= checkpoints/g2p-en
@@ -24,7 +25,7 @@ SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT)),$(BUILT_IN))
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check proto bench wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +92,13 @@ bench: $(READY) build/bench/bundle/bundle.json ## Measure export parity, tokens/
 
 build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
 	@$(LIMELIGHT) export $(CHECKPOINT) build/bench/bundle $(SHIPPED_DATA)
+
+bench-decode: $(PEER) ## Measure decoding beside CTranslate2, same weights (ARGS=--full for the whole grid); JSON in bench/results/
+	@$(BIN)/python -m bench.decode --checkpoint $(CHECKPOINT) $(ARGS)
+
+$(PEER): $(READY)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@touch $@
 
 wheel-smoke: $(READY) $(DEMO)/bundle/bundle.json ## Build the wheel, install it without torch in an empty environment, serve and ask
 	@rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > /dev/null

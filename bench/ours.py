@@ -1,0 +1,75 @@
+"""Our side of `bench.decode`: a bundle that decodes ids to ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from export.manifest import Family, read_manifest
+from export.manifest import Precision as Graphs
+from export.runtime import OnnxStepModel, RuntimeOptions
+from model.search import Hypothesis, SearchOptions, search
+
+GRAPHS: dict[str, Graphs] = {"float32": "fp32", "int8": "int8"}
+"""What a bundle calls the precisions of the benchmark."""
+
+FAMILIES: dict[str, frozenset[Family]] = {
+    "none": frozenset(),
+    "cross": frozenset({"cross"}),
+    "all": frozenset({"encoder", "decoder", "cross"}),
+}
+"""What each setting of attention asks for."""
+
+Ids: TypeAlias = Sequence[Sequence[int]]
+
+
+def decode_ours(
+    model: OnnxStepModel,
+    sources: Ids,
+    options: Sequence[SearchOptions],
+    families: frozenset[Family],  # noqa: ARG001
+) -> list[list[Hypothesis]]:
+    """Decode one batch, with some families of attention: the one place to plug in how they are asked for.
+
+    The search returns all of them today, whatever is asked.
+    """
+    return search(model, sources, options)
+
+
+class Ours:
+    """A bundle's graphs of one precision.
+
+    Args:
+        bundle: its folder.
+        precision: "float32" or "int8".
+        threads: threads of ONNX Runtime.
+        spinning: see `RuntimeOptions`.
+    """
+
+    def __init__(self, bundle: Path, precision: str, threads: int, *, spinning: bool = False) -> None:
+        options = RuntimeOptions(threads=threads, spinning=spinning)
+        self._model = OnnxStepModel(bundle, read_manifest(bundle), GRAPHS[precision], options)
+
+    @staticmethod
+    def prepare(sources: Ids) -> Ids:
+        """Sources as it takes them: as they are."""
+        return sources
+
+    def decode(
+        self, sources: Ids, *, beam_size: int, longest: int, length_penalty: float, attention: str
+    ) -> list[list[Hypothesis]]:
+        """Decode one batch.
+
+        Args:
+            sources: token ids, the end token last in each.
+            beam_size: 1 for greedy search.
+            longest: most tokens to generate, the end token among them.
+            length_penalty: see `SearchOptions`.
+            attention: a key of FAMILIES.
+        """
+        options = SearchOptions(longest=longest, beam_size=beam_size, length_penalty=length_penalty)
+        return decode_ours(self._model, sources, [options] * len(sources), FAMILIES[attention])
+
+    @staticmethod
+    def answers(found: list[list[Hypothesis]]) -> list[list[int]]:
+        """Ids of the best hypotheses."""
+        return [hypotheses[0].tokens for hypotheses in found]
