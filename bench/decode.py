@@ -18,6 +18,7 @@ Python and libraries included.
 import importlib.metadata
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -56,6 +57,9 @@ SIDES: tuple[Side, Side] = ("ours", "peer")
 LENGTH_PENALTY = 1.0
 FEWEST_ROUNDS = 3
 """Rounds that are measured however long they take: a median needs them."""
+
+WIDTH = 170
+"""Columns of the table where nobody says how wide the terminal is."""
 
 PAUSE = 0.02
 """Seconds for the threads of whoever ran last to stop spinning, where there are several."""
@@ -274,7 +278,7 @@ def main(
     ),
 ) -> None:
     """Measure a part of the grid, print the table, add the rows to the JSON file."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         grid = choose_grid(
             FULL if full else QUICK,

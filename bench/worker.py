@@ -69,6 +69,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,  # an interrupt is the parent's to handle
             cwd=Path(__file__).parent.parent,
             env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)),
         )

@@ -3,13 +3,16 @@
 import os
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed: pip install 'limelight[bench]'")
 
-from bench.decode import FULL, QUICK, Effort, choose_grid, measure_group, result_table, round_batches
+from bench.decode import FULL, QUICK, Effort, choose_grid, main, measure_group, result_table, round_batches
 from bench.decode_models import (
     LONGEST,
     SENTENCES,
@@ -115,6 +118,14 @@ def test_axes_are_replaced_and_checked() -> None:
     with pytest.raises(BenchError, match="sentences: 65 is not from 1 to 64"):
         choose_grid(QUICK, sentences=[65])
     assert len(FULL.groups()) * len(FULL.attention) == 216
+
+
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, ["--beam", "17", "--json", str(tmp_path / "decode.json")])
+    assert done.exit_code == 1
+    assert done.output == "error: beams: 17 is not from 1 to 16\n"
 
 
 def test_a_worker_that_dies_is_named() -> None:
