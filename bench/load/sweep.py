@@ -107,7 +107,7 @@ class Meter:
             **arguments,
         )
         if process.poll() is not None:
-            raise LoadError(f"{self._server.name} has ended; its log ends so:\n{self._running.tail()}")
+            raise LoadError(f"{self._server.name} has ended with status {process.returncode}")
         cell = Cell(
             server=self._server.name,
             mode=mode,
@@ -138,11 +138,26 @@ def visit(
         LoadError: the server did not start or did not answer.
     """
     with TemporaryDirectory() as temporary, started(server, Path(temporary), processors) as running:
-        client = Client(server, running.port, workload.sources, processors)
         try:
-            client.run("closed", callers=options.callers, seconds=WARM_UP, seed=seed, deadline=options.deadline, keep=0)
-            meter = Meter(server, running, client, options, seed, tell)
-            closed = meter.closed()
-            return [closed, *meter.sweep(options.first(closed.throughput))]
-        finally:
-            client.close()
+            return _measure_all(server, running, workload, options, processors, seed, tell)
+        except LoadError as error:
+            raise LoadError(f"{error}; the log of {server.name} ends so:\n{running.tail()}") from None
+
+
+def _measure_all(
+    server: Server,
+    running: Running,
+    workload: Workload,
+    options: LoadOptions,
+    processors: Processors,
+    seed: int,
+    tell: Told,
+) -> list[Cell]:
+    client = Client(server, running.port, workload.sources, processors)
+    try:
+        client.run("closed", callers=options.callers, seconds=WARM_UP, seed=seed, deadline=options.deadline, keep=0)
+        meter = Meter(server, running, client, options, seed, tell)
+        closed = meter.closed()
+        return [closed, *meter.sweep(options.first(closed.throughput))]
+    finally:
+        client.close()

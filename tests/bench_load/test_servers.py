@@ -1,19 +1,28 @@
 """Every server, in a process of its own, answers alike: the whole way of the benchmark, on the reversal model."""
 
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from bench.load.cells import Cell
 from bench.load.options import ServingOptions
-from bench.load.servers import LoadError, Server, ServerName, run_tool, share_processors
-from bench.load.sweep import LoadOptions, visit
+from bench.load.servers import Client, LoadError, Running, Server, ServerName, run_tool, share_processors
+from bench.load.sweep import LoadOptions, Meter, visit
 from bench.load.workload import ModelName, Workload
 from bench.serve_load import BUILD
 from tests.reversal import Reversal, parts
 
 LOAD = LoadOptions(objective=1.0, deadline=30.0, seconds=0.2, callers=4, first_rate=16, factor=4, most_rates=2)
+
+
+class FakeClient:
+    """A generator that finds nothing."""
+
+    def run(self, mode: str, **arguments: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {}
 
 
 def interpreter(name: ServerName) -> Path:
@@ -47,6 +56,19 @@ def test_a_server_is_measured_and_right(name: ServerName, beam: int, reversal: R
     answers = {source: text for cell in cells for source, text in cell.answers.items()}
     right = sum(text == source[::-1] for source, text in answers.items())
     assert right >= 0.9 * len(answers) > 0
+
+
+def test_a_server_that_ends_is_told_of(tmp_path: Path) -> None:
+    server = Server(name=ServerName.LIMELIGHT, python=Path(sys.executable), model=tmp_path, options=ServingOptions())
+    log = tmp_path / "log"
+    log.touch()
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    ended = Running(process, 0, log)
+    client = cast("Client", FakeClient())
+    meter = Meter(server, ended, client, LOAD, 0, lambda _: None)
+    with pytest.raises(LoadError, match="limelight has ended with status 0"):
+        meter.closed()
 
 
 def test_a_server_that_cannot_start_is_told_of(tmp_path: Path) -> None:
