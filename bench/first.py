@@ -3,22 +3,17 @@
     python -m bench.first BUNDLE --json FILE
 
 The decoder is timed with real lengths: the words of the built-in dictionary's test part, drawn with a fixed seed. Every
-configuration runs interleaved with the others, and the median of several rounds counts. "Without attention" is the same
-graph with its attention outputs removed, so that ONNX Runtime drops what led to them alone; it gives the price.
+configuration runs interleaved with the others, and the median of several rounds counts.
 """
 
 import json
 import random
-import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import numpy as np
-import onnx
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -26,50 +21,27 @@ from rich.table import Table
 
 from bench.machine import describe_machine
 from export.commands import parity_table
-from export.manifest import Graphs, GraphSpec, Manifest, Precision, read_manifest
+from export.manifest import Manifest, read_manifest
 from export.runtime import OnnxStepModel, RuntimeOptions
 from model.config import CmudictData
 from model.pairs import read_pairs
 from model.search import SearchOptions, search
+from model.steps import NO_FAMILIES, Family
 from model.tokenizer import Tokenizer
 
 BATCHES = (1, 32)
 SENTENCES = 96
-ATTENTION = ("cross_attention", "decoder_attention", "encoder_attention")
+ATTENTION: Mapping[str, frozenset[Family]] = {"with": frozenset({"cross", "decoder"}), "without": NO_FAMILIES}
 
 
-class WithoutAttention(OnnxStepModel):
-    """The same graphs without attention outputs: what decoding would cost if nobody could ever see attention."""
-
-    def _decode(self, wanted: Sequence[str], feeds: dict[str, Any]) -> list[Any]:
-        kept = [name for name in wanted if name not in ATTENTION]
-        *values, state = super()._decode(kept, feeds)
-        found = dict(zip(kept, values, strict=True))
-        empty = np.zeros((len(feeds["target_ids"]), 1, 1, 1, 1), np.float32)
-        return [*(found.get(name, empty) for name in wanted), state]
-
-
-def without_attention(bundle: Path, manifest: Manifest, precision: Precision, folder: Path) -> Manifest:
-    """Copy a precision's graphs to a folder, the decoder's attention outputs removed."""
-    graphs = manifest.graphs[precision]
-    shutil.copytree(bundle / precision, folder / precision, dirs_exist_ok=True)
-    path = folder / graphs.decoder.file
-    model = onnx.load(path, load_external_data=False)
-    kept = [value for value in model.graph.output if value.name not in ATTENTION]
-    del model.graph.output[:]
-    model.graph.output.extend(kept)
-    path.write_bytes(model.SerializeToString())
-    outputs = tuple(spec for spec in graphs.decoder.outputs if spec.name not in ATTENTION)
-    decoder = GraphSpec(file=graphs.decoder.file, inputs=graphs.decoder.inputs, outputs=outputs)
-    return manifest.model_copy(update={"graphs": {precision: Graphs(encoder=graphs.encoder, decoder=decoder)}})
-
-
-def decode_all(model: OnnxStepModel, sources: list[list[int]], batch: int, longest: int) -> tuple[float, int]:
+def decode_all(
+    model: OnnxStepModel, sources: list[list[int]], batch: int, longest: int, families: frozenset[Family]
+) -> tuple[float, int]:
     """Seconds and generated tokens for all sources, greedily, in batches."""
     tokens, begun = 0, time.perf_counter()
     for start in range(0, len(sources), batch):
         part = sources[start : start + batch]
-        found = search(model, part, [SearchOptions(longest=longest)] * len(part))
+        found = search(model, part, [SearchOptions(longest=longest)] * len(part), families)
         tokens += sum(len(hypotheses[0].tokens) for hypotheses in found)
     return time.perf_counter() - begun, tokens
 
@@ -87,21 +59,16 @@ def measure(bundle: Path, rounds: int, threads: int) -> list[dict[str, Any]]:
     options = RuntimeOptions(threads=threads)
     sources = draw_sources(bundle, manifest)
     longest = manifest.limits.longest_target
-    with TemporaryDirectory() as temporary:
-        models: dict[tuple[Precision, str], OnnxStepModel] = {}
-        for precision in manifest.graphs:
-            folder = Path(temporary)
-            bare = without_attention(bundle, manifest, precision, folder)
-            models[precision, "with"] = OnnxStepModel(bundle, manifest, precision, options)
-            models[precision, "without"] = WithoutAttention(folder, bare, precision, options)
-        speeds: dict[tuple[str, str, int], list[float]] = {}
-        for turn in track(range(rounds + 1), "measuring", transient=True):
-            for batch in BATCHES:
-                # Alternating order: what one side does to caches and clocks, it does to the other as often.
-                for (name, attention), model in list(models.items())[:: -1 if turn % 2 else 1]:
-                    seconds, tokens = decode_all(model, sources, batch, longest)
-                    if turn:  # the first round warms up
-                        speeds.setdefault((name, attention, batch), []).append(tokens / seconds)
+    models = {precision: OnnxStepModel(bundle, manifest, precision, options) for precision in manifest.graphs}
+    cases = [(precision, attention) for precision in models for attention in ATTENTION]
+    speeds: dict[tuple[str, str, int], list[float]] = {}
+    for turn in track(range(rounds + 1), "measuring", transient=True):
+        for batch in BATCHES:
+            # Alternating order: what one side does to caches and clocks, it does to the other as often.
+            for precision, attention in cases[:: -1 if turn % 2 else 1]:
+                seconds, tokens = decode_all(models[precision], sources, batch, longest, ATTENTION[attention])
+                if turn:  # the first round warms up
+                    speeds.setdefault((precision, attention, batch), []).append(tokens / seconds)
     return [_row(precision, batch, speeds) for precision in manifest.graphs for batch in BATCHES]
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from export.manifest import Family, read_manifest
 from export.manifest import Precision as Graphs
+from export.manifest import read_manifest
 from export.runtime import OnnxStepModel, RuntimeOptions
-from model.search import Hypothesis, SearchOptions, search
+from model.search import Decoding, Hypothesis, SearchOptions
+from model.steps import Family, pad
 
 GRAPHS: dict[str, Graphs] = {"float32": "fp32", "int8": "int8"}
 """What a bundle calls the precisions of the benchmark."""
@@ -23,16 +24,15 @@ Ids: TypeAlias = Sequence[Sequence[int]]
 
 
 def decode_ours(
-    model: OnnxStepModel,
-    sources: Ids,
-    options: Sequence[SearchOptions],
-    families: frozenset[Family],  # noqa: ARG001
+    model: OnnxStepModel, sources: Ids, options: Sequence[SearchOptions], families: frozenset[Family]
 ) -> list[list[Hypothesis]]:
-    """Decode one batch, with some families of attention: the one place to plug in how they are asked for.
-
-    The search returns all of them today, whatever is asked.
-    """
-    return search(model, sources, options)
+    """Decode one batch, with some families of attention: encoder attention is computed and handed over too."""
+    decoding = Decoding(model, options[0].beam_size)
+    memory = model.encode(*pad(sources), attention="encoder" in families)
+    sentences = decoding.join(memory, range(len(sources)), options, [families] * len(sources))
+    while decoding.sentences:
+        decoding.step()
+    return [sentence.results() for sentence in sentences]
 
 
 class Ours:

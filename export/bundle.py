@@ -1,18 +1,20 @@
 """Write a bundle: export, quantise, verify, and only then let the folder appear.
 
 checkpoint ── trace ── fp32 graphs ── quantise ── int8 graphs ── verify both against PyTorch ── rename into place
+
+Each precision also gets its encoder and search in one file, held to the answers of the other two.
 """
 
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
 
-from export.graphs import TOP_INPUT, TOP_OUTPUTS, ExampleSizes, Exported, decoder_graph, encoder_graph
+from export.generate import GENERATE, assemble, generate_spec, save_generate, search_step
+from export.graphs import ExampleSizes, Exported, decoder_graph, encoder_graph
 from export.manifest import (
     MANIFEST,
     BundleError,
@@ -25,11 +27,14 @@ from export.manifest import (
     Provenance,
     describe_file,
 )
-from export.onnx_writer import OPSET, add_top, quantise, save_graphs, trace
+from export.onnx_writer import OPSET, finish, save_graphs, trace
+from export.quantise import quantise
 from export.runtime import OnnxStepModel
 from export.verify import Parity, verify
+from export.verify_generate import verify_generate
 from model.card import CARD
 from model.checkpoint import SOURCE_TOKENIZER, TARGET_TOKENIZER, WEIGHTS, Checkpoint, atomic_folder, load_checkpoint
+from model.config import ModelConfig
 from model.pairs import Pair
 
 VERSIONED = ("limelight", "torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
@@ -74,6 +79,7 @@ def export_bundle(
         manifest = _describe(checkpoint, folder, graphs, digest, version or digest[:12])
         models = {precision: OnnxStepModel(folder, manifest, precision) for precision in graphs}
         parity = verify(checkpoint, models, pairs, progress)
+        _verify_generate(checkpoint, folder, models, pairs)
         manifest = _with_findings(manifest, parity, dict(verified_on or manifest.provenance.data))
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest, parity
@@ -87,33 +93,45 @@ def _refuse_to_replace(bundle: Path) -> None:
 
 def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[Precision, Graphs]:
     sizes = ExampleSizes()
-    progress("tracing the encoder", 0)
-    encoder = encoder_graph(checkpoint.model, len(checkpoint.source), sizes)
-    traced = {"encoder": trace(encoder)}
-    progress("tracing the decoder", 0)
-    decoder = decoder_graph(checkpoint.model, len(checkpoint.target), sizes)
-    traced["decoder"] = add_top(trace(decoder))
-    decoder = decoder._replace(inputs=(*decoder.inputs, TOP_INPUT), outputs=(*decoder.outputs, *TOP_OUTPUTS))
+    exported = {
+        "encoder": encoder_graph(checkpoint.model, len(checkpoint.source), sizes),
+        "decoder": decoder_graph(checkpoint.model, len(checkpoint.target), sizes),
+        "search step": search_step(checkpoint.model, sizes),
+    }
+    traced = {}
+    for name, module in exported.items():
+        progress(f"tracing the {name}", 0)
+        traced[name] = trace(module)
     progress("quantising", 0)
-    quantised = {name: _quantised(model) for name, model in traced.items()}
-    for precision, models in (("fp32", traced), ("int8", quantised)):
+    quantised = {name: quantise(model) for name, model in traced.items()}
+    specs: dict[Precision, Graphs] = {}
+    precisions: dict[Precision, dict[str, onnx.ModelProto]] = {"fp32": traced, "int8": quantised}
+    for precision, models in precisions.items():
+        generate = assemble(models["encoder"], models.pop("search step"), checkpoint.config.model)
+        contracts = {name: finish(model, exported[name]) for name, model in models.items()}
         save_graphs(folder / precision, {f"{name}.onnx": model for name, model in models.items()})
-    return {"fp32": _specs("fp32", encoder, decoder), "int8": _specs("int8", encoder, decoder)}
+        save_generate(folder / precision / f"{GENERATE}.onnx", generate)
+        specs[precision] = _specs(precision, contracts, checkpoint.config.model)
+    return specs
 
 
-def _quantised(model: onnx.ModelProto) -> onnx.ModelProto:
-    with TemporaryDirectory() as temporary:
-        whole = Path(temporary) / "whole.onnx"
-        onnx.save(model, whole)
-        return quantise(whole, Path(temporary) / "quantised.onnx")
+def _specs(precision: Precision, contracts: Mapping[str, Exported], config: ModelConfig) -> Graphs:
+    specs = {
+        name: GraphSpec(file=f"{precision}/{name}.onnx", inputs=exported.inputs, outputs=exported.outputs)
+        for name, exported in contracts.items()
+    }
+    return Graphs(**specs, generate=generate_spec(f"{precision}/{GENERATE}.onnx", config))
 
 
-def _specs(precision: Precision, encoder: Exported, decoder: Exported) -> Graphs:
-    encoder_spec, decoder_spec = (
-        GraphSpec(file=f"{precision}/{name}.onnx", inputs=exported.inputs, outputs=exported.outputs)
-        for name, exported in (("encoder", encoder), ("decoder", decoder))
-    )
-    return Graphs(encoder=encoder_spec, decoder=decoder_spec)
+def _verify_generate(
+    checkpoint: Checkpoint, folder: Path, models: Mapping[Precision, OnnxStepModel], pairs: Sequence[Pair]
+) -> None:
+    limits = checkpoint.config.model
+    encoded = checkpoint.source.encode_ids([pair.source for pair in pairs])
+    sources = [ids for ids in encoded if len(ids) <= limits.longest_source]
+    for precision, model in models.items():
+        path = folder / precision / f"{GENERATE}.onnx"
+        verify_generate(path, precision, model, sources, limits.longest_target)
 
 
 def _describe(

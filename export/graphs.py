@@ -1,8 +1,8 @@
 """The exported modules, and their inputs and outputs as data.
 
 The encoder runs once a batch, the decoder once a step. Between them go each decoder layer's cross keys and values
-(`memory.*`, one a sentence), and from step to step its self-attention keys and values (`state.*`, one a row). Each has
-a role and named axes in the manifest, so whoever runs the graphs need not know what they hold.
+(`memory.*`), and from step to step its self-attention keys and values (`state.*` in, what is new of them out as
+`next.*`). Each has a role and named axes in the manifest, so whoever runs the graphs need not know what they hold.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from export.manifest import TensorSpec
+from model.attention import KeyValue
 from model.config import ModelConfig
-from model.layers import KeyValue
 from model.transformer import Transformer
 
 
@@ -43,7 +43,7 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """One step: new target positions after a past whose rows are chosen by index."""
+    """One step: new target positions after a past, seen through masks."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -53,19 +53,24 @@ class DecoderGraph(nn.Module):
         self,
         target_ids: Tensor,
         positions: Tensor,
-        state_rows: Tensor,
+        new_visible: Tensor,
+        past_visible: Tensor,
+        next_ids: Tensor,
         source_mask: Tensor,
         memory: list[Tensor],
         state: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Returns log-probabilities [row new vocabulary], cross- and decoder attention [row layer head new *], state.
+        """Returns log-probabilities of all tokens and of the given next ones, cross- and decoder attention, new state.
 
-        Gathering the state's rows inside the graph serves reordered beams, finished rows and new ones alike.
+        The first, [batch query vocabulary], does not leave the finished graph: the writer takes the best of it.
         """
-        past = _pairs([tensor.index_select(0, state_rows) for tensor in state])
-        decoded = self.decoder(target_ids, positions, _pairs(memory), source_mask, past)
+        decoded = self.decoder(
+            target_ids, positions, _pairs(memory), source_mask, new_visible, _pairs(state), past_visible
+        )
+        log_probabilities = decoded.logits.log_softmax(-1)
         return (
-            decoded.logits.log_softmax(-1),
+            log_probabilities,
+            log_probabilities.gather(-1, next_ids[..., None])[..., 0],
             torch.stack(decoded.cross_attention, 1),
             torch.stack(decoded.decoder_attention, 1),
             *_flat(decoded.state),
@@ -77,11 +82,9 @@ class ExampleSizes:
     """Sizes that the graphs are traced with: all different, so that no two axes can be taken for one."""
 
     batch: int = 2
-    beam: int = 3
+    query: int = 3
     source: int = 5
-    past_row: int = 4
     past: int = 7
-    new: int = 8
 
 
 def encoder_graph(model: Transformer, source_vocabulary: int, sizes: ExampleSizes) -> Exported:
@@ -98,42 +101,61 @@ def encoder_graph(model: Transformer, source_vocabulary: int, sizes: ExampleSize
 def decoder_graph(model: Transformer, target_vocabulary: int, sizes: ExampleSizes) -> Exported:
     """The decoder step with its contract."""
     config = model.config
-    rows = sizes.batch * sizes.beam
-    keys = (config.heads, config.head_width)
+    batch, query, heads, width = sizes.batch, sizes.query, config.heads, config.head_width
     example = (
-        torch.randint(target_vocabulary, (rows, sizes.new)),
-        torch.arange(sizes.past, sizes.past + sizes.new).expand(rows, -1).contiguous(),
-        torch.arange(rows) % sizes.past_row,
-        torch.ones(sizes.batch, sizes.source, dtype=torch.bool),
-        [torch.randn(sizes.batch, keys[0], sizes.source, keys[1]) for _ in _memory(config)],
-        [torch.randn(sizes.past_row, keys[0], sizes.past, keys[1]) for _ in _memory(config)],
+        torch.randint(target_vocabulary, (batch, query)),
+        torch.arange(sizes.past, sizes.past + query).expand(batch, -1).contiguous(),
+        torch.ones(batch, query, query, dtype=torch.bool),
+        torch.ones(batch, query, sizes.past, dtype=torch.bool),
+        torch.randint(target_vocabulary, (batch, query)),
+        torch.ones(batch, sizes.source, dtype=torch.bool),
+        [torch.randn(batch, heads, sizes.source, width) for _ in _memory(config)],
+        [torch.randn(batch, heads, sizes.past, width) for _ in _memory(config)],
     )
     inputs = (
-        _spec("target_ids", "int64", "row", "new"),
-        _spec("positions", "int64", "row", "new"),
-        _spec("state_rows", "int64", "row"),
+        _spec("target_ids", "int64", "batch", "query"),
+        _spec("positions", "int64", "batch", "query"),
+        _spec("new_visible", "bool", "batch", "query", "query"),
+        _spec("past_visible", "bool", "batch", "query", "past"),
+        _spec("next_ids", "int64", "batch", "query"),
         _spec("source_mask", "bool", "batch", "source"),
         *_memory(config),
-        *_state(config, "state", "past_row", "past"),
+        *_state(config, "state", "past"),
     )
-    attention = ("row", config.decoder_layers, config.heads, "new")
+    attention = ("batch", config.decoder_layers, heads, "query")
     outputs = (
-        _spec("log_probabilities", "float32", "row", "new", target_vocabulary),
+        TensorSpec(
+            name=LOG_PROBABILITIES,
+            role="top_log_probabilities",
+            dtype="float32",
+            axes=("batch", "query", target_vocabulary),
+        ),
+        _spec("next_log_probabilities", "float32", "batch", "query"),
         _spec("cross_attention", "float32", *attention, "source"),
         _spec("decoder_attention", "float32", *attention, "target"),
-        *_state(config, "next", "row", "target"),
+        *_state(config, "next", "query"),
     )
     return Exported(DecoderGraph(model), example, inputs, outputs)
 
+
+LOG_PROBABILITIES = "log_probabilities"
+"""Name of the traced decoder's output that the writer takes the best of, and that does not leave the graph."""
 
 TOP_INPUT = TensorSpec(name="top", role="top", dtype="int64", axes=(1,))
 """How many candidates the decoder graph is to return; added to the traced graph by the writer."""
 
 TOP_OUTPUTS = (
-    TensorSpec(name="top_log_probabilities", role="top_log_probabilities", dtype="float32", axes=("row", "new", "top")),
-    TensorSpec(name="top_ids", role="top_ids", dtype="int64", axes=("row", "new", "top")),
+    TensorSpec(
+        name="top_log_probabilities", role="top_log_probabilities", dtype="float32", axes=("batch", "query", "top")
+    ),
+    TensorSpec(name="top_ids", role="top_ids", dtype="int64", axes=("batch", "query", "top")),
 )
-"""The best next tokens, best first: whole vocabularies need not leave the graph."""
+"""The best next tokens, best first: whole vocabularies do not leave the graph."""
+
+
+def wanted_input(output: TensorSpec) -> TensorSpec:
+    """The switch of an output that costs nothing when it is off; added to the traced graph by the writer."""
+    return TensorSpec(name=f"want_{output.name}", role="wanted", dtype="bool", axes=(), feeds=output.name)
 
 
 def _spec(name: Any, dtype: Any, *axes: str | int) -> TensorSpec:
@@ -149,8 +171,8 @@ def _memory(config: ModelConfig) -> list[TensorSpec]:
     ]
 
 
-def _state(config: ModelConfig, prefix: str, row: str, position: str) -> list[TensorSpec]:
-    axes = (row, config.heads, position, config.head_width)
+def _state(config: ModelConfig, prefix: str, position: str) -> list[TensorSpec]:
+    axes = ("batch", config.heads, position, config.head_width)
     names = [f"{layer}.{part}" for layer in range(config.decoder_layers) for part in KeyValue._fields]
     return [
         TensorSpec(

@@ -13,14 +13,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from model.config import Frozen, describe
 from model.errors import LimelightError
+from model.steps import Family
 from model.tokenizer import BEGIN, END, PAD, UNKNOWN
 
 MANIFEST = "bundle.json"
-FORMAT = 1
+FORMAT = 2
 """Version of the bundle's format; a reader refuses any other."""
 
 Precision = Literal["fp32", "int8", "fp16"]
-Family = Literal["encoder", "decoder", "cross"]
 
 
 class BundleError(LimelightError):
@@ -37,25 +37,33 @@ class TensorSpec(Frozen):
         "source_mask",
         "target_ids",
         "positions",
-        "state_rows",
+        "new_visible",
+        "past_visible",
+        "next_ids",
         "top",
+        "wanted",
+        "beam_size",
+        "longest",
+        "length_penalty",
         "memory",
         "state",
-        "log_probabilities",
+        "next_log_probabilities",
         "top_log_probabilities",
         "top_ids",
+        "log_probabilities",
+        "score",
         "encoder_attention",
         "decoder_attention",
         "cross_attention",
     ]
     """What it is for: the engine goes by this."""
-    dtype: Literal["float32", "float16", "int64", "bool"]
+    dtype: Literal["float32", "float64", "float16", "int64", "bool"]
     """Element type."""
     axes: tuple[str | int, ...]
-    """Name of each dynamic axis, size of each fixed one. `row` is batch * beam, the beams of a sentence side by side;
-    `past` grows by `new` each step into `target`."""
+    """Name of each dynamic axis, size of each fixed one. `query` counts a sentence's new positions, one for each of its
+    hypotheses or many of one; a state input with a `past` axis collects what its output has at `query`."""
     feeds: str | None = None
-    """Of a state output: the state input that it becomes at the next step."""
+    """Of a state output: the state input that it goes into. Of a `wanted` input: the output that it switches on."""
 
 
 class GraphSpec(Frozen):
@@ -76,12 +84,14 @@ class GraphSpec(Frozen):
 
 
 class Graphs(Frozen):
-    """The two graphs of one precision."""
+    """The graphs of one precision."""
 
     encoder: GraphSpec
     """Source to memory, and encoder attention."""
     decoder: GraphSpec
     """One step over new target positions."""
+    generate: GraphSpec | None = None
+    """The whole search in one file that needs no other, for whoever has no decoder: the server does without it."""
 
 
 class SpecialIds(Frozen):
@@ -149,7 +159,7 @@ class Provenance(Frozen):
 class Manifest(Frozen):
     """bundle.json."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     """Version of this format."""
     name: str
     """Name of the model."""
@@ -185,7 +195,8 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         named = [self.source_tokenizer, self.target_tokenizer]
-        named += [graph.file for graphs in self.graphs.values() for graph in (graphs.encoder, graphs.decoder)]
+        graphs = [graph for one in self.graphs.values() for graph in (one.encoder, one.decoder, one.generate)]
+        named += [graph.file for graph in graphs if graph is not None]
         for path in (*named, *self.files):
             if Path(path).is_absolute() or ".." in Path(path).parts:
                 raise ValueError(f"{path!r} points out of the bundle")

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch.export import Dim
 from torch.utils._pytree import tree_map_with_path
 
-from export.graphs import TOP_INPUT, TOP_OUTPUTS, Exported
+from export.graphs import LOG_PROBABILITIES, TOP_INPUT, TOP_OUTPUTS, Exported, wanted_input
 from export.manifest import TensorSpec
+from model.options import LARGEST_BEAM
 
 OPSET = 18
 """First operator set with everything in use here; every later runtime reads it."""
@@ -27,8 +28,12 @@ WEIGHTS = "weights.bin"
 SMALLEST_EXTERNAL = 1024
 """Bytes under which a constant stays inside its graph."""
 
+SWITCHED = ("encoder_attention", "cross_attention", "decoder_attention")
+"""Roles of outputs that cost nothing where nobody asks for them."""
+
 _DTYPES = {
     "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
     "float16": TensorProto.FLOAT16,
     "int64": TensorProto.INT64,
     "bool": TensorProto.BOOL,
@@ -54,34 +59,81 @@ def trace(exported: Exported) -> ModelProto:
     return _with_contract(model, exported.inputs, exported.outputs)
 
 
-def add_top(model: ModelProto) -> ModelProto:
-    """Add the choice of the best next tokens: an input `top`, outputs `top_log_probabilities` and `top_ids`."""
+def finish(model: ModelProto, exported: Exported) -> Exported:
+    """Add to a traced graph, in place, what tracing cannot: the choice of the best tokens, switches for attention.
+
+    Returns:
+        The contract that the graph has now.
+    """
+    outputs: list[TensorSpec] = []
+    for spec in exported.outputs:
+        if spec.name == LOG_PROBABILITIES:
+            _add_top(model)
+            outputs += TOP_OUTPUTS
+        else:
+            outputs.append(spec)
+    switched = [spec for spec in outputs if spec.role in SWITCHED]
+    for spec in switched:
+        _add_switch(model, spec)
+    top = [TOP_INPUT] if TOP_OUTPUTS[0] in outputs else []
+    inputs = (*exported.inputs, *top, *map(wanted_input, switched))
+    del model.graph.input[:], model.graph.output[:]
+    model.graph.input.extend(map(value_info, inputs))
+    model.graph.output.extend(map(value_info, outputs))
+    return exported._replace(inputs=inputs, outputs=tuple(outputs))
+
+
+def _add_top(model: ModelProto) -> None:
     outputs = [spec.name for spec in TOP_OUTPUTS]
     model.graph.node.append(
-        helper.make_node("TopK", ["log_probabilities", TOP_INPUT.name], outputs, "top_k", axis=-1, largest=1, sorted=1)
+        helper.make_node("TopK", [LOG_PROBABILITIES, TOP_INPUT.name], outputs, "top_k", axis=-1, largest=1, sorted=1)
     )
-    model.graph.input.append(_value(TOP_INPUT))
-    model.graph.output.extend(map(_value, TOP_OUTPUTS))
-    return model
 
 
-def quantise(source: Path, target: Path) -> ModelProto:
-    """int8 weights, a scale for each output channel, and activations quantised as they come.
+def _add_switch(model: ModelProto, spec: TensorSpec) -> None:
+    """Put everything that only this output needs into one branch of an If; the other makes an empty tensor."""
+    graph = model.graph
+    alone = needed_alone(graph, spec.name)
+    output = helper.make_tensor_value_info(spec.name, _DTYPES[spec.dtype], [None] * len(spec.axes))
+    nothing = helper.make_tensor("nothing", _DTYPES[spec.dtype], [0] * len(spec.axes), [])
+    empty = helper.make_node("Constant", [], [spec.name], value=nothing)
+    branches: dict[str, Any] = {
+        "then_branch": helper.make_graph(alone, f"{spec.name}_wanted", [], [output]),
+        "else_branch": helper.make_graph([empty], f"{spec.name}_not_wanted", [], [output]),
+    }
+    moved = {name for node in alone for name in node.output}
+    kept = [node for node in graph.node if not moved & set(node.output)]
+    kept.append(helper.make_node("If", [wanted_input(spec).name], [spec.name], f"switch_{spec.name}", **branches))
+    del graph.node[:]
+    graph.node.extend(kept)
 
-    Seven bits of range keep the products of 8-bit processors without VNNI from saturating, so that a bundle gives the
-    same answers on older machines.
-    """
-    with _quiet(""):  # it advises, on the root logger, to do what is not needed here
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul", "Gather"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"DefaultTensorType": TensorProto.FLOAT},
-        )
-    return onnx.load(target)
+
+def needed_alone(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
+    """Nodes whose results go into this output and nowhere else, in order."""
+    results = {value.name for value in graph.output} - {output}
+    readers = Counter(_reads(graph))
+    inside: set[str] = set() if readers[output] else {output}
+    alone: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if not set(node.output) <= inside or set(node.output) & results:
+            continue
+        alone.append(node)
+        for name in node.input:
+            readers[name] -= 1
+            if not readers[name]:
+                inside.add(name)
+    if not alone:
+        raise RuntimeError(f"{output} cannot be switched: it is computed for something else too")
+    return alone[::-1]
+
+
+def _reads(graph: onnx.GraphProto) -> Iterator[str]:
+    """What nodes take in, once for each time, in the branches of an If too."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _reads(attribute.g)
 
 
 def save_graphs(folder: Path, models: dict[str, ModelProto]) -> None:
@@ -137,8 +189,7 @@ def _dynamic_shapes(exported: Exported) -> Any:
 
 
 def _dim(axis: str) -> Any:
-    # row is batch * beam, a relation that named dimensions cannot state.
-    return Dim.DYNAMIC if axis == "row" else Dim(axis)
+    return Dim(axis, max=LARGEST_BEAM) if axis == "beam" else Dim(axis)
 
 
 def _with_contract(model: ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> ModelProto:
@@ -153,8 +204,8 @@ def _with_contract(model: ModelProto, inputs: Sequence[TensorSpec], outputs: Seq
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
     del graph.input[:], graph.output[:], graph.value_info[:]
-    graph.input.extend(map(_value, inputs))
-    graph.output.extend(map(_value, outputs))
+    graph.input.extend(map(value_info, inputs))
+    graph.output.extend(map(value_info, outputs))
     del model.metadata_props[:], graph.metadata_props[:]
     for node in graph.node:  # traces of this machine's files
         del node.metadata_props[:]
@@ -162,7 +213,8 @@ def _with_contract(model: ModelProto, inputs: Sequence[TensorSpec], outputs: Seq
     return model
 
 
-def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
+def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
+    """An input or output as its graph declares it."""
     return helper.make_tensor_value_info(spec.name, _DTYPES[spec.dtype], list(spec.axes))
 
 

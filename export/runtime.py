@@ -6,16 +6,14 @@ Everything is done by the manifest's roles and axes: this code does not know whi
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
 from jaxtyping import Bool, Int
 
-from export.manifest import BundleError, Graphs, GraphSpec, Manifest, Precision
-from model.steps import Memory, Scores, Step
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from export.manifest import BundleError, Graphs, GraphSpec, Manifest, Precision, TensorSpec
+from model.steps import Array, Family, Kept, Memory, Question, Step
 
 LOG_ERRORS = 3
 """ONNX Runtime's log level: its warnings about graphs that are fine would otherwise fill the log."""
@@ -62,14 +60,19 @@ class OnnxStepModel:
         if precision not in manifest.graphs:
             raise BundleError(f"{bundle}: has no precision {precision!r}, only {', '.join(manifest.graphs)}")
         self.graphs: Graphs = manifest.graphs[precision]
-        self._vocabulary = manifest.target_vocabulary
+        self.vocabulary = manifest.target_vocabulary
         self._options = options or RuntimeOptions()
         self._encoder = self._session(bundle, self.graphs.encoder)
         self._decoder = self._session(bundle, self.graphs.decoder)
         decoder = self.graphs.decoder
-        self._state_inputs = [spec for spec in decoder.inputs if spec.role == "state"]
-        self._next_names = {spec.feeds: spec.name for spec in decoder.outputs if spec.role == "state"}
-        self._state_names = [self._next_names[spec.name] for spec in self._state_inputs]
+        memory = [spec for spec in decoder.inputs if spec.role == "memory"]
+        state = [spec for spec in decoder.inputs if spec.role == "state"]
+        following = {spec.feeds: spec.name for spec in decoder.outputs if spec.role == "state"}
+        self._memory_names = [spec.name for spec in memory]
+        self._state_names = [spec.name for spec in state]
+        self._next_names = [following[spec.name] for spec in state]
+        self.memory: Sequence[Kept] = [_kept(spec) for spec in memory]
+        self.state: Sequence[Kept] = [_kept(spec) for spec in state]
 
     @property
     def providers(self) -> list[str]:
@@ -77,72 +80,45 @@ class OnnxStepModel:
         return list(self._decoder.get_providers())
 
     def encode(
-        self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]
+        self,
+        source_ids: Int[np.ndarray, "batch source"],
+        source_mask: Bool[np.ndarray, "batch source"],
+        attention: bool = True,
     ) -> Memory:
         """See `StepModel.encode`."""
-        graph = self.graphs.encoder
-        names = [*graph.names("memory"), *graph.names("encoder_attention")]
-        feeds = {graph.names("source_ids")[0]: source_ids, graph.names("source_mask")[0]: source_mask}
-        *memory, attention = self._encoder.run(names, feeds)
-        return Memory(dict(zip(graph.names("memory"), memory, strict=True)), source_mask, attention)
+        names = [*self._memory_names, *(["encoder_attention"] if attention else [])]
+        feeds = {"source_ids": source_ids, "source_mask": source_mask, "want_encoder_attention": np.array(attention)}
+        found = self._encoder.run(names, feeds)
+        count = len(self._memory_names)
+        return Memory(tuple(found[:count]), source_mask, found[count] if attention else None)
 
-    def select(self, memory: Memory, sentences: Int[np.ndarray, " kept"]) -> Memory:
-        """See `StepModel.select`."""
-        kept = {name: tensor[sentences] for name, tensor in memory.tensors.items()}
-        return Memory(kept, memory.source_mask[sentences], memory.encoder_attention)
-
-    def step(
-        self,
-        target_ids: Int[np.ndarray, "row new"],
-        positions: Int[np.ndarray, "row new"],
-        memory: Memory,
-        state: Any,
-        state_rows: Int[np.ndarray, " row"],
-        top: int,
-    ) -> Step:
+    def step(self, question: Question) -> Step:
         """See `StepModel.step`."""
-        wanted = ("top_log_probabilities", "top_ids", "cross_attention", "decoder_attention")
-        feeds = self._feeds(target_ids, positions, memory, top)
-        if state is None:
-            feeds |= self._empty_state()
-            feeds["state_rows"] = np.zeros(len(target_ids), np.int64)
-        else:
-            feeds |= state
-            feeds["state_rows"] = state_rows
-        return Step(*self._decode(wanted, feeds))
-
-    def score(
-        self, target_ids: Int[np.ndarray, "row new"], next_ids: Int[np.ndarray, "row new"], memory: Memory
-    ) -> Scores:
-        """See `StepModel.score`."""
-        positions = np.broadcast_to(np.arange(target_ids.shape[1]), target_ids.shape).copy()
-        wanted = ("log_probabilities", "cross_attention", "decoder_attention")
-        feeds = self._feeds(target_ids, positions, memory, 1) | self._empty_state()
-        feeds["state_rows"] = np.zeros(len(target_ids), np.int64)
-        log_probabilities, cross, own, _ = self._decode(wanted, feeds)
-        return Scores(np.take_along_axis(log_probabilities, next_ids[..., None], -1)[..., 0], cross, own)
-
-    def _feeds(self, target_ids: Array, positions: Array, memory: Memory, top: int) -> dict[str, Array]:
-        return {
-            "target_ids": target_ids,
-            "positions": positions,
-            "source_mask": memory.source_mask,
-            "top": np.array([min(top, self._vocabulary)]),
-            **memory.tensors,
+        families: list[Family] = [family for family in ("cross", "decoder") if family in question.attention]
+        names = ["top_log_probabilities", "top_ids", "next_log_probabilities", *self._next_names]
+        feeds: dict[str, Array] = {
+            "target_ids": question.target_ids,
+            "positions": question.positions,
+            "new_visible": question.new_visible,
+            "past_visible": question.past_visible,
+            "next_ids": question.next_ids,
+            "source_mask": question.memory.source_mask,
+            "top": np.array([question.top]),
+            "want_cross_attention": np.array("cross" in families),
+            "want_decoder_attention": np.array("decoder" in families),
+            **dict(zip(self._memory_names, question.memory.tensors, strict=True)),
+            **dict(zip(self._state_names, question.state, strict=True)),
         }
-
-    def _empty_state(self) -> dict[str, Array]:
-        # One row without a past, which every row goes on from: fixed axes keep their size, growing ones start at 0.
-        sizes = {"past_row": 1, "past": 0}
-        return {
-            spec.name: np.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in spec.axes], spec.dtype)
-            for spec in self._state_inputs
-        }
-
-    def _decode(self, wanted: Sequence[str], feeds: dict[str, Array]) -> list[Any]:
-        values = self._decoder.run([*wanted, *self._state_names], feeds)
-        state = dict(zip((spec.name for spec in self._state_inputs), values[len(wanted) :], strict=True))
-        return [*values[: len(wanted)], state]
+        found = self._decoder.run([*names, *(f"{family}_attention" for family in families)], feeds)
+        weights = dict(zip(families, found[len(names) :], strict=True))
+        return Step(
+            top_log_probabilities=found[0],
+            top_ids=found[1],
+            next_log_probabilities=found[2],
+            cross_attention=weights.get("cross"),
+            decoder_attention=weights.get("decoder"),
+            state=tuple(found[3 : len(names)]),
+        )
 
     def _session(self, bundle: Path, graph: GraphSpec) -> ort.InferenceSession:
         path = str(bundle / graph.file)
@@ -152,6 +128,12 @@ class OnnxStepModel:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         _check_signature(graph, session)
         return session
+
+
+def _kept(spec: TensorSpec) -> Kept:
+    """How the model's own tensors are laid out, without the sentence."""
+    names: dict[str | int, Literal["source", "past", "row"]] = {"source": "source", "past": "past", "query": "row"}
+    return tuple(axis if isinstance(axis, int) else names[axis] for axis in spec.axes[1:])
 
 
 _ORT_TYPES = {

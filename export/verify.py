@@ -4,7 +4,7 @@ Values are compared at shapes that were not traced, with padding, pasts, several
 whole outputs are decoded by both, with the one search.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,8 +13,9 @@ from export.manifest import Precision
 from model.checkpoint import Checkpoint
 from model.errors import LimelightError
 from model.evaluate import Decoder, Evaluation, evaluate
+from model.options import LARGEST_BEAM
 from model.pairs import Pair
-from model.steps import StepModel
+from model.steps import ALL_FAMILIES, Memory, Question, StepModel, causal
 from model.torch_steps import TorchStepModel
 
 TOLERANCES: Mapping[Precision, Mapping[str, float]] = {
@@ -23,6 +24,7 @@ TOLERANCES: Mapping[Precision, Mapping[str, float]] = {
         "encoder_attention": 1e-5,
         "decoder_attention": 1e-5,
         "cross_attention": 1e-5,
+        "state": 1e-4,
     },
     # int8 changes values by design: it is held to its answers, below. What it changes is measured and published.
     "int8": {},
@@ -39,17 +41,17 @@ class Shape:
 
     sources: tuple[int, ...]
     """Length of each sentence's source."""
-    beam: int
-    """Rows of each sentence."""
-    news: tuple[int, ...]
-    """New positions of each step."""
+    past: int
+    """Columns of the past."""
+    query: int
+    """New positions of each sentence."""
 
 
 SHAPES = (
-    Shape(sources=(1,), beam=1, news=(1, 1)),
-    Shape(sources=(2, 9, 4), beam=1, news=(1, 1, 1)),
-    Shape(sources=(13, 6), beam=4, news=(3, 1, 2)),
-    Shape(sources=(31, 1, 17, 8), beam=2, news=(11,)),
+    Shape(sources=(1,), past=1, query=1),
+    Shape(sources=(2, 9, 4), past=16, query=1),
+    Shape(sources=(13, 6), past=64, query=4),
+    Shape(sources=(31, 1, 17, 8), past=1, query=11),
 )
 """None of them the traced one; among them a single sentence, padding, beams and several new positions."""
 
@@ -122,7 +124,7 @@ def compare_values(reference: StepModel, model: StepModel, checkpoint: Checkpoin
 def _long_shape(checkpoint: Checkpoint) -> Shape:
     # Far positions too, as far as the quadratic size of attention lets a verification go.
     limits = checkpoint.config.model
-    return Shape(sources=(min(limits.longest_source, 512), 7), beam=1, news=(min(limits.longest_target, 512) - 1, 1))
+    return Shape(sources=(min(limits.longest_source, 512), 7), past=1, query=min(limits.longest_target, 512))
 
 
 def _compare_shape(
@@ -130,34 +132,53 @@ def _compare_shape(
 ) -> dict[str, float]:
     mask = np.arange(max(shape.sources)) < np.array(shape.sources)[:, None]
     sources = random.integers(1, len(checkpoint.source), mask.shape) * mask
-    rows = len(shape.sources) * shape.beam
     memories = [side.encode(sources, mask) for side in (reference, model)]
-    found = {"encoder_attention": _distance(*(memory.encoder_attention for memory in memories))}
-    states: list[object] = [None, None]
-    position = 0
-    for new in shape.news:
-        ids = random.integers(1, len(checkpoint.target), (rows, new))
-        ages = np.maximum(position - np.arange(rows) % 3, 0)  # rows of different ages, their pasts right-aligned
-        positions = ages[:, None] + np.arange(new)
-        parents = random.integers(0, rows, rows)
-        top = min(5, len(checkpoint.target))
-        left, right = (
-            side.step(ids, positions, memory, state, parents, top)
-            for side, memory, state in zip((reference, model), memories, states, strict=True)
-        )
-        states, position = [left.state, right.state], position + new
-        for name in ("cross_attention", "decoder_attention"):
-            found[name] = max(found.get(name, 0.0), _distance(getattr(left, name), getattr(right, name)))
-        best = _distance(left.top_log_probabilities, right.top_log_probabilities)
-        found["log_probabilities"] = max(found.get("log_probabilities", 0.0), best)
-    given, wanted = (random.integers(1, len(checkpoint.target), (len(shape.sources), 6)) for _ in range(2))
-    scores = [side.score(given, wanted, memory) for side, memory in zip((reference, model), memories, strict=True)]
-    scored = _distance(*(side.log_probabilities for side in scores))
-    found["log_probabilities"] = max(found["log_probabilities"], scored)
+    encoder = [memory.encoder_attention for memory in memories]
+    steps = [
+        side.step(question)
+        for side, question in zip((reference, model), _questions(reference, memories, checkpoint, shape), strict=True)
+    ]
+    found = {"encoder_attention": _distance(*encoder)}
+    for family in ("cross_attention", "decoder_attention"):
+        found[family] = _distance(*(getattr(step, family) for step in steps))
+    found["log_probabilities"] = max(
+        _distance(*(getattr(step, name) for step in steps))
+        for name in ("top_log_probabilities", "next_log_probabilities")
+    )
+    found["state"] = max(_distance(*sides) for sides in zip(*(step.state for step in steps), strict=True))
     return found
 
 
-def _distance(left: np.ndarray, right: np.ndarray) -> float:
+def _questions(
+    reference: StepModel, memories: list[Memory], checkpoint: Checkpoint, shape: Shape
+) -> Iterator[Question]:
+    """The same random question to both sides, each with its own memory: pasts with gaps, hypotheses of all ages."""
+    for memory in memories:
+        random = np.random.default_rng(1)
+        batch, query = len(shape.sources), shape.query
+        alone = np.eye(query, dtype=bool)[None].repeat(batch, 0)
+        sizes = {"past": shape.past, "row": query, "source": 0}
+        yield Question(
+            target_ids=random.integers(1, len(checkpoint.target), (batch, query)),
+            positions=random.integers(0, checkpoint.config.model.longest_target, (batch, query)),
+            new_visible=causal(query).repeat(batch, 0) if query > LARGEST_BEAM // 2 else alone,
+            past_visible=random.random((batch, query, shape.past)) < 0.5,
+            next_ids=random.integers(1, len(checkpoint.target), (batch, query)),
+            top=len(checkpoint.target),
+            memory=memory,
+            state=tuple(
+                random.normal(size=(batch, *(sizes[size] if isinstance(size, str) else size for size in kept))).astype(
+                    np.float32
+                )
+                for kept in reference.state
+            ),
+            attention=ALL_FAMILIES,
+        )
+
+
+def _distance(left: np.ndarray | None, right: np.ndarray | None) -> float:
+    if left is None or right is None:
+        raise VerificationError("the export differs from the checkpoint: attention is missing")
     if left.shape != right.shape:
         raise VerificationError(
             f"the export differs from the checkpoint: a shape of {right.shape}, expected {left.shape}"

@@ -9,6 +9,7 @@ PyTorch, export to any ONNX execution provider, and hand out the weights at no c
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,26 +18,50 @@ from torch import Tensor, nn
 from model.dropout import Dropout
 
 
+class KeyValue(NamedTuple):
+    """Keys and values of one attention layer, heads apart."""
+
+    key: Float[Tensor, "*batch position width"]
+    value: Float[Tensor, "*batch position width"]
+
+
+def hide(visible: Bool[Tensor, "*shape"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """What to add to scores so that softmax gives exactly 0 to what is not visible: 0, or the type's lowest value."""
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)  # of two numbers, `where` makes float32
+    hidden: Tensor = torch.where(visible, 0.0, lowest).to(dtype)
+    return hidden
+
+
+def similarity(
+    query: Float[Tensor, "*batch query width"], key: Float[Tensor, "*batch key width"]
+) -> Float[Tensor, "*batch query key"]:
+    """Scaled dot products: query · keyᵀ / √width (equation 1)."""
+    products: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return products
+
+
 def attention_weights(
     query: Float[Tensor, "*batch query width"],
     key: Float[Tensor, "*batch key width"],
-    visible: Bool[Tensor, "*#batch #query key"],
-) -> Float[Tensor, "*batch query key"]:
+    hidden: Float[Tensor, "*#batch #query all"],
+    past_key: Float[Tensor, "*batch past width"] | None = None,
+) -> Float[Tensor, "*batch query all"]:
     """How much each query looks at each key: softmax(query · keyᵀ / √width) over the visible keys (equation 1).
 
     Args:
         query: one vector a query.
         key: one vector a key.
-        visible: which keys a query may see; leading axes broadcast.
+        hidden: from `hide`, for the past keys and then the others; leading axes broadcast.
+        past_key: keys that come before the others, kept apart so that a long past is never copied to lengthen it.
 
     Returns:
-        Weights that sum to 1 over the visible keys and are exactly 0 elsewhere. A query that sees nothing (padding)
-        gets zeros.
+        Weights that sum to 1 over the visible keys and are exactly 0 elsewhere. A query that sees nothing (padding) has
+        equal weights, which mean nothing.
     """
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    lowest = torch.finfo(scores.dtype).min
-    seen: Tensor = scores.masked_fill(~visible, lowest)
-    return seen.softmax(-1).masked_fill(~visible, 0.0)
+    scores = similarity(query, key)
+    if past_key is not None:
+        scores = torch.cat((similarity(query, past_key), scores), -1)
+    return (scores + hidden).softmax(-1)
 
 
 def split_heads(x: Float[Tensor, "batch position d_model"], heads: int) -> Float[Tensor, "batch head position width"]:
@@ -67,13 +92,18 @@ class Attention(nn.Module):
     def attend(
         self,
         query: Float[Tensor, "batch head query width"],
-        key: Float[Tensor, "batch head key width"],
-        value: Float[Tensor, "batch head key width"],
-        visible: Bool[Tensor, "#batch 1 #query key"],
-    ) -> tuple[Float[Tensor, "batch query d_model"], Float[Tensor, "batch head query key"]]:
-        """Returns the projected output and the weights that produced it."""
-        weights = attention_weights(query, key, visible)
-        return self.output(merge_heads(self.dropout(weights) @ value)), weights
+        new: KeyValue,
+        hidden: Float[Tensor, "#batch 1 #query all"],
+        past: KeyValue | None = None,
+    ) -> tuple[Float[Tensor, "batch query d_model"], Float[Tensor, "batch head query all"]]:
+        """Returns the projected output and the weights that produced it, over the past and then the new positions."""
+        weights = attention_weights(query, new.key, hidden, None if past is None else past.key)
+        dropped = self.dropout(weights)
+        if past is None:
+            return self.output(merge_heads(dropped @ new.value)), weights
+        count = past.key.shape[-2]
+        attended = dropped[..., :count] @ past.value + dropped[..., count:] @ new.value
+        return self.output(merge_heads(attended)), weights
 
 
 class SelfAttention(Attention):
@@ -85,14 +115,10 @@ class SelfAttention(Attention):
 
     def project(
         self, x: Float[Tensor, "batch position d_model"]
-    ) -> tuple[
-        Float[Tensor, "batch head position width"],
-        Float[Tensor, "batch head position width"],
-        Float[Tensor, "batch head position width"],
-    ]:
-        """Queries, keys and values of each position."""
+    ) -> tuple[Float[Tensor, "batch head position width"], KeyValue]:
+        """Queries, and keys and values, of each position."""
         query, key, value = self.query_key_value(x).chunk(3, -1)
-        return split_heads(query, self.heads), split_heads(key, self.heads), split_heads(value, self.heads)
+        return split_heads(query, self.heads), KeyValue(split_heads(key, self.heads), split_heads(value, self.heads))
 
 
 class CrossAttention(Attention):
@@ -107,12 +133,10 @@ class CrossAttention(Attention):
         """Queries of the target positions."""
         return split_heads(self.query(x), self.heads)
 
-    def project_memory(
-        self, encoded: Float[Tensor, "batch source d_model"]
-    ) -> tuple[Float[Tensor, "batch head source width"], Float[Tensor, "batch head source width"]]:
+    def project_memory(self, encoded: Float[Tensor, "batch source d_model"]) -> KeyValue:
         """Keys and values of the source positions."""
         key, value = self.key_value(encoded).chunk(2, -1)
-        return split_heads(key, self.heads), split_heads(value, self.heads)
+        return KeyValue(split_heads(key, self.heads), split_heads(value, self.heads))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

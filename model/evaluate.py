@@ -7,7 +7,7 @@ from model.errors import DataError
 from model.metrics import group_references, score_answers
 from model.pairs import Pair
 from model.search import SearchOptions, search
-from model.steps import StepModel
+from model.steps import NO_FAMILIES, StepModel
 from model.tokenizer import Tokenizer
 
 
@@ -70,7 +70,7 @@ class Decoder:
             while count < len(order) and (count + 1) * beam_size * len(encoded[order[count]]) <= batch_tokens:
                 count += 1
             batch, order = order[:count], order[count:]
-            found = search(self.model, [encoded[index] for index in batch], [options] * len(batch))
+            found = search(self.model, [encoded[index] for index in batch], [options] * len(batch), NO_FAMILIES)
             for index, hypotheses in zip(batch, found, strict=True):
                 generated[index] = hypotheses[0].tokens
             progress(len(batch))

@@ -1,22 +1,14 @@
 """The parts of a Transformer around its attention: positions, embeddings, feed-forward network, residuals, layers."""
 
 import math
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model.attention import ACTIVATIONS, CrossAttention, SelfAttention
+from model.attention import ACTIVATIONS, CrossAttention, KeyValue, SelfAttention
 from model.config import ModelConfig
 from model.dropout import Dropout
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one attention layer, heads apart."""
-
-    key: Float[Tensor, "row head position width"]
-    value: Float[Tensor, "row head position width"]
 
 
 def sinusoids(
@@ -109,11 +101,11 @@ class EncoderLayer(nn.Module):
         self.feed_forward_residual = Residual(config)
 
     def forward(
-        self, x: Float[Tensor, "batch source d_model"], visible: Bool[Tensor, "batch 1 source source"]
+        self, x: Float[Tensor, "batch source d_model"], hidden: Float[Tensor, "batch 1 1 source"]
     ) -> tuple[Float[Tensor, "batch source d_model"], Float[Tensor, "batch head source source"]]:
-        """Returns the layer's output and its attention weights."""
-        query, key, value = self.self_attention.project(self.attention_residual.enter(x))
-        attended, weights = self.self_attention.attend(query, key, value, visible)
+        """Returns the layer's output and its attention weights; rows of padding mean nothing in either."""
+        query, new = self.self_attention.project(self.attention_residual.enter(x))
+        attended, weights = self.self_attention.attend(query, new, hidden)
         x = self.attention_residual.leave(x, attended)
         x = self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
         return x, weights
@@ -133,50 +125,34 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "row new d_model"],
-        visible: Bool[Tensor, "row 1 new target"],
+        x: Float[Tensor, "batch query d_model"],
+        hidden: Float[Tensor, "#batch 1 query target"],
         past: KeyValue | None,
         memory: KeyValue,
-        source_visible: Bool[Tensor, "batch 1 1 source"],
+        source_hidden: Float[Tensor, "batch 1 1 source"],
     ) -> tuple[
-        Float[Tensor, "row new d_model"],
-        Float[Tensor, "row head new target"],
-        Float[Tensor, "row head new source"],
+        Float[Tensor, "batch query d_model"],
+        Float[Tensor, "batch head query target"],
+        Float[Tensor, "batch head query source"],
         KeyValue,
     ]:
         """One layer over the new positions.
 
         Args:
-            x: the new positions of each row; row = batch * beam, the beams of a sentence side by side.
-            visible: which of the past and new positions each new one may see.
+            x: the new positions of each sentence.
+            hidden: from `hide`: which of the past and new positions each new one must not see.
             past: keys and values of the positions before, or nothing.
-            memory: keys and values of the source, once a sentence.
-            source_visible: which source positions are real.
+            memory: keys and values of the source.
+            source_hidden: from `hide`: which source positions are padding.
 
         Returns:
-            The output, decoder self-attention, cross-attention, and keys and values of past and new positions together.
+            The output, decoder self-attention, cross-attention, and keys and values of the new positions.
         """
-        query, key, value = self.self_attention.project(self.self_residual.enter(x))
-        present = KeyValue(key, value)
-        if past is not None:
-            present = KeyValue(torch.cat((past.key, key), 2), torch.cat((past.value, value), 2))
-        attended, self_weights = self.self_attention.attend(query, present.key, present.value, visible)
+        query, new = self.self_attention.project(self.self_residual.enter(x))
+        attended, self_weights = self.self_attention.attend(query, new, hidden, past)
         x = self.self_residual.leave(x, attended)
-        attended, cross_weights = self._look_at_source(self.cross_residual.enter(x), memory, source_visible)
+        query = self.cross_attention.project_query(self.cross_residual.enter(x))
+        attended, cross_weights = self.cross_attention.attend(query, memory, source_hidden)
         x = self.cross_residual.leave(x, attended)
         x = self.feed_forward_residual.leave(x, self.feed_forward(self.feed_forward_residual.enter(x)))
-        return x, self_weights, cross_weights, present
-
-    def _look_at_source(
-        self,
-        x: Float[Tensor, "row new d_model"],
-        memory: KeyValue,
-        source_visible: Bool[Tensor, "batch 1 1 source"],
-    ) -> tuple[Float[Tensor, "row new d_model"], Float[Tensor, "row head new source"]]:
-        # The beams of one sentence become more queries of that sentence, so its memory is never copied for them.
-        new = x.shape[1]
-        queries = x.reshape(memory.key.shape[0], -1, x.shape[2])  # batch beam*new d_model
-        query = self.cross_attention.project_query(queries)
-        attended, weights = self.cross_attention.attend(query, memory.key, memory.value, source_visible)
-        apart = torch.unflatten(weights, 2, (-1, new)).transpose(1, 2)  # batch beam head new source
-        return attended.reshape(x.shape), apart.flatten(0, 1)
+        return x, self_weights, cross_weights, new

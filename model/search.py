@@ -1,320 +1,274 @@
-"""Greedy and beam search over any step model: one implementation for PyTorch and ONNX Runtime. Torch-free.
+"""Greedy and beam search and sampling over any step model: one implementation for PyTorch and ONNX Runtime. Torch-free.
 
-    sources ──► StepModel.encode ──► Memory
-                                        │
-    BeamSearch (one a sentence) ──► ids, parents ──► StepModel.step ──► top candidates, attention rows ──┐
-         ▲                                                                                              │
-         └──────────────────────────────────────────────────────────────────────────────────────────────┘
+    sources ──► StepModel.encode ──► Memory ──► join
+                                                 │
+    Decoding: totals, histories ──► tokens, parents ──► Grid.step ──► candidates, attention ──┐
+         ▲                                                                                    │
+         └────────────────────────── constraints, choice ◄────────────────────────────────────┘
 
-A `BeamSearch` owns the hypotheses of one sentence and no model; a `Decoding` runs many of them in one batch. Every
-hypothesis is a chain of nodes, and each node keeps the attention rows of the pass that chose its token, so attention
-follows the hypothesis through every reordering without being copied.
+A `Decoding` runs sentences of one beam size, which join and leave between steps. What is chosen, is chosen for all of
+them at once, in arrays; a sentence with options of its own is taken aside for them alone.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from model.errors import InvalidRequestError
-from model.steps import Memory, Scores, StepModel, pad
-from model.tokenizer import BEGIN, END, PAD
+from model.constraints import rule_out_unwritable
+from model.grid import Grid
+from model.hypotheses import Chain, Hypothesis, Node
+from model.options import LARGEST_BEAM, Sampling, SearchOptions
+from model.sentence import Sentence
+from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, StepModel, causal, pad
+from model.tokenizer import BEGIN, END
 
-LARGEST_BEAM = 16
-"""Most hypotheses kept at a time: beyond it, beam search costs more and finds worse answers."""
+__all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "SearchOptions", "Sentence", "score", "search"]
 
-UNWRITABLE = frozenset({PAD, BEGIN})
-"""Tokens that stand for no text: a hypothesis with one would look the same as one without."""
-
-LARGEST_LENGTH_PENALTY = 10.0
-"""Beyond it, length alone decides between hypotheses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """How one sentence is decoded.
-
-    Raises:
-        InvalidRequestError: a value is out of its range.
-    """
-
-    longest: int
-    """Most tokens to generate, the end token among them."""
-    beam_size: int = 1
-    """Hypotheses kept at a time; 1 is greedy search."""
-    hypotheses: int = 1
-    """How many of them to return, best first (n-best)."""
-    length_penalty: float = 1.0
-    """Hypotheses are compared by log-probability / length ** length_penalty; 0 compares plain log-probabilities, 1
-    compares the mean for each token. Lengths count the end token."""
-
-    def __post_init__(self) -> None:
-        _check("beam_size", self.beam_size, 1, LARGEST_BEAM)
-        _check("hypotheses", self.hypotheses, 1, self.beam_size, " (beam_size)")
-        _check("length_penalty", self.length_penalty, 0.0, LARGEST_LENGTH_PENALTY)
-        _check("longest", self.longest, 1, None)
-
-
-def _check(name: str, value: float, low: float, high: float | None, why: str = "") -> None:
-    if not (low <= value and (high is None or value <= high)):  # so written that NaN fails
-        raise InvalidRequestError(
-            name, f"{value} is not {f'at least {low}' if high is None else f'from {low} to {high}{why}'}"
-        )
-
-
-@dataclass(slots=True)
-class Node:
-    """One generated token at the end of a chain."""
-
-    parent: "Node | None"
-    token: int
-    log_probability: float
-    total: float
-    length: int
-    cross_attention: Float[np.ndarray, "layer head source"]
-    decoder_attention: Float[np.ndarray, "layer head target"]
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One answer, with the attention that produced it.
-
-    Row t of the attention belongs to the step that chose token t, whose input was token t - 1 (the begin token for t =
-    0). So the columns of `decoder_attention` are the begin token and all tokens but the last.
-    """
-
-    tokens: list[int]
-    """Generated ids; the end token is last unless the length limit came first."""
-    log_probabilities: list[float]
-    """Natural logarithm of each token's probability, given those before it."""
-    score: float
-    """Total log-probability / length ** length_penalty: what hypotheses are compared by."""
-    finish_reason: Literal["stop", "length"]
-    """Whether the model ended the sentence, or the limit did."""
-    cross_attention: Float[np.ndarray, "layer head target source"] = field(repr=False)
-    """Padding of the batch cut off."""
-    decoder_attention: Float[np.ndarray, "layer head target target"] = field(repr=False)
-
-    @property
-    def log_probability(self) -> float:
-        """Log-probability of the whole hypothesis."""
-        return sum(self.log_probabilities)
-
-
-class BeamSearch:
-    """The hypotheses of one sentence, from the begin token to the n best.
-
-    A hypothesis is finished when its end token is among the `beam_size` best candidates of a step, and the search ends
-    when `beam_size` hypotheses are finished, when no live one can still come among the n best, or at the length limit.
-
-    Attributes:
-        done: no more steps are wanted.
-        tokens: what each row reads next.
-        parents: for each row, the row of the last step that it goes on from.
-    """
-
-    def __init__(self, options: SearchOptions) -> None:
-        self.options = options
-        self.done = False
-        self.tokens = [BEGIN]
-        self.parents = [0]
-        self._live: list[Node | None] = [None]
-        self._finished: list[Node] = []
-        self._settled: list[Node] = []
-
-    @property
-    def top(self) -> int:
-        """Candidates wanted of each row: enough for a full beam even if the end token and both unwritable ones lead."""
-        return self.options.beam_size + (self.options.beam_size > 1) + len(UNWRITABLE)
-
-    def advance(
-        self,
-        log_probabilities: Float[np.ndarray, "row top"],
-        ids: Int[np.ndarray, "row top"],
-        cross_attention: Float[np.ndarray, "row layer head source"],
-        decoder_attention: Float[np.ndarray, "row layer head target"],
-    ) -> None:
-        """Take one step's candidates for every row of this sentence."""
-        length = 1 + (self._live[0].length if self._live[0] else 0)
-        live: list[Node] = []
-        self.parents = []
-        for rank, (total, row, token, log_probability) in enumerate(self._candidates(log_probabilities, ids)):
-            if len(live) == self.options.beam_size or (token == END and rank >= self.options.beam_size):
-                continue
-            node = Node(
-                self._live[row], token, log_probability, total, length, cross_attention[row], decoder_attention[row]
-            )
-            if token == END:
-                self._finished.append(node)
-            else:
-                live.append(node)
-                self.parents.append(row)
-        self._live = list(live)
-        self.tokens = [node.token for node in live]
-        self._end_if_settled(live, length)
-
-    def _candidates(
-        self, log_probabilities: Float[np.ndarray, "row top"], ids: Int[np.ndarray, "row top"]
-    ) -> list[tuple[float, int, int, float]]:
-        found = [
-            ((node.total if node else 0.0) + log_probability, row, token, log_probability)
-            for row, node in enumerate(self._live)
-            for log_probability, token in zip(log_probabilities[row].tolist(), ids[row].tolist(), strict=True)
-            if token not in UNWRITABLE
-        ]
-        # A stable sort by total alone: ties go to the better row, and within a row to the model's own order.
-        return sorted(found, key=lambda candidate: -candidate[0])[: 2 * self.options.beam_size]
-
-    def _end_if_settled(self, live: list[Node], length: int) -> None:
-        if length == self.options.longest:
-            self._finished.extend(live)
-            live = []
-        self.done = not live or len(self._finished) >= self.options.beam_size or self._unbeatable(live)
-
-    def _unbeatable(self, live: list[Node]) -> bool:
-        # Totals only fall, and the penalty is most lenient at the longest length: that bounds every live hypothesis.
-        if len(self._finished) < self.options.hypotheses:
-            return False
-        bound: float = max(node.total for node in live) / self.options.longest**self.options.length_penalty
-        return self._best()[-1][0] >= bound
-
-    def _best(self) -> list[tuple[float, Node]]:
-        scored = [(node.total / node.length**self.options.length_penalty, node) for node in self._finished]
-        return sorted(scored, key=lambda pair: -pair[0])[: self.options.hypotheses]
-
-    def settled(self) -> list[Node]:
-        """Tokens that every hypothesis still in play shares, from the first: what a stream can already send."""
-        in_play = [node for _, node in self._best()] if self.done else [*self._finished, *self._live]
-        chains = [_chain(node) for node in in_play]
-        count = len(self._settled)
-        for nodes in zip(*(chain[count:] for chain in chains[: 1 if self.done else None]), strict=False):
-            if any(node is not nodes[0] for node in nodes):
-                break
-            self._settled.append(nodes[0])
-        return self._settled
-
-    def results(self, source_length: int) -> list[Hypothesis]:
-        """The n best hypotheses, best first.
-
-        Args:
-            source_length: real source tokens; padding beyond them is cut off the attention.
-        """
-        return [_hypothesis(node, score, source_length) for score, node in self._best()]
-
-
-def _chain(node: Node | None) -> list[Node]:
-    nodes = []
-    while node is not None:
-        nodes.append(node)
-        node = node.parent
-    return nodes[::-1]
-
-
-def _hypothesis(last: Node, score: float, source_length: int) -> Hypothesis:
-    nodes = _chain(last)
-    decoder_attention = np.zeros((*nodes[0].decoder_attention.shape[:2], len(nodes), len(nodes)), np.float32)
-    for index, node in enumerate(nodes):
-        decoder_attention[:, :, index, : index + 1] = node.decoder_attention[:, :, -(index + 1) :]
-    return Hypothesis(
-        tokens=[node.token for node in nodes],
-        log_probabilities=[node.log_probability for node in nodes],
-        score=score,
-        finish_reason="stop" if last.token == END else "length",
-        cross_attention=np.stack([node.cross_attention[:, :, :source_length] for node in nodes], 2),
-        decoder_attention=decoder_attention,
-    )
+SHORTEST_HISTORY = 32
+"""Tokens that histories have room for to begin with."""
 
 
 class Decoding:
-    """Many searches of one beam size in one batch; finished sentences leave it at once.
+    """Many searches of one beam size in one running batch.
 
     Args:
         model: what computes the steps.
-        sources: token ids of each sentence, the end token last.
-        options: how to decode each; of one beam size.
+        beam_size: hypotheses that every sentence keeps at a time.
+
+    Attributes:
+        sentences: those under way.
     """
 
-    def __init__(self, model: StepModel, sources: Sequence[Sequence[int]], options: Sequence[SearchOptions]) -> None:
-        if len({option.beam_size for option in options}) > 1:
-            raise ValueError("sentences of different beam sizes cannot share a batch")
-        self.searches = [BeamSearch(option) for option in options]
-        self.source_lengths = [len(source) for source in sources]
-        self._model = model
-        self._memory = model.encode(*pad(sources))
-        self.encoder_attention = self._memory.encoder_attention
-        self._active = list(range(len(sources)))
-        self._offsets = list(range(len(sources)))
-        self._state: Any = None
-        self._length = 0
+    def __init__(self, model: StepModel, beam_size: int) -> None:
+        self.sentences: list[Sentence] = []
+        self._model, self._width = model, beam_size
+        self._grid = Grid(model, beam_size)
+        self._tokens = np.zeros((0, beam_size), np.int64)
+        self._parents = np.zeros((0, beam_size), np.int64)
+        self._totals = np.zeros((0, beam_size))
+        self._read = np.zeros((0, beam_size, SHORTEST_HISTORY), np.int64)
+        self._values = np.zeros((0, beam_size, SHORTEST_HISTORY))
+        self._rows = np.zeros((0, beam_size, SHORTEST_HISTORY), np.int64)
 
     @property
-    def done(self) -> bool:
-        """Every sentence is finished."""
-        return not self._active
+    def rows(self) -> int:
+        """Rows that the next step computes."""
+        return len(self.sentences) * self._width
 
     @property
-    def active(self) -> list[int]:
-        """Indices of the sentences that are still being decoded."""
-        return list(self._active)
+    def width(self) -> int:
+        """Rows of each sentence."""
+        return self._width
 
-    def step(self) -> list[int]:
-        """One decoder step for every active sentence; returns their indices, in order."""
-        advanced = self._active
-        searches = [self.searches[index] for index in advanced]
-        width = max(len(search.tokens) for search in searches)
-        tokens, parents = self._layout(searches, width)
-        positions = np.full_like(tokens, self._length)
-        step = self._model.step(tokens, positions, self._memory, self._state, parents, searches[0].top)
-        self._state = step.state
-        for place, search in enumerate(searches):
-            rows = slice(place * width, place * width + len(search.tokens))
-            search.advance(
-                step.top_log_probabilities[rows, -1],
-                step.top_ids[rows, -1],
-                step.cross_attention[rows, :, :, -1],
-                step.decoder_attention[rows, :, :, -1],
+    def join(
+        self,
+        memory: Memory,
+        indices: Sequence[int],
+        options: Sequence[SearchOptions],
+        attention: Sequence[frozenset[Family]] | None = None,
+    ) -> list[Sentence]:
+        """Let sentences of an encoded batch in.
+
+        Args:
+            memory: of the batch; it belongs to this decoding from now on.
+            indices: which of its sentences.
+            options: how to decode each; of this beam size.
+            attention: families that each one's hypotheses are to carry; none by default.
+
+        Returns:
+            The sentences, in the order given.
+        """
+        if any(option.beam_size != self._width for option in options):
+            raise ValueError(f"sentences of other beam sizes than {self._width} cannot share this batch")
+        self._grid.join(memory, indices)
+        wanted = attention or [NO_FAMILIES] * len(indices)
+        joined = [
+            Sentence(
+                option,
+                families - {"encoder"},
+                int(memory.source_mask[index].sum()),
+                self._grid.clock,
+                self._model.vocabulary,
             )
-        self._length += 1
-        self._offsets = [place * width for place in range(len(searches))]
-        self._drop([place for place, search in enumerate(searches) if not search.done])
+            for index, option, families in zip(indices, options, wanted, strict=True)
+        ]
+        for sentence in joined:
+            sentence.place = len(self.sentences)
+            self.sentences.append(sentence)
+        self._make_room(len(joined))
+        return joined
+
+    def step(self) -> list[Sentence]:
+        """One decoder step for every sentence; those that are done leave. Returns all that took part."""
+        advanced = list(self.sentences)
+        special = [sentence for sentence in advanced if not sentence.constraints.idle]
+        next_ids = np.zeros_like(self._tokens)
+        for sentence in special:
+            next_ids[sentence.place, 0] = sentence.constraints.forced(sentence.age) or 0
+        top = max(sentence.constraints.candidates(sentence.age) for sentence in special or advanced[:1])
+        needed = NO_FAMILIES.union(*(sentence.needed for sentence in advanced))
+        step = self._grid.step(self._tokens, self._parents, next_ids, top, needed)
+        if needed:
+            for sentence in advanced:
+                sentence.look(step.cross_attention, step.decoder_attention, self._grid.ring)
+        values, ids = step.top_log_probabilities.astype(np.float64), step.top_ids
+        rule_out_unwritable(values, ids)
+        for sentence in special:
+            place, age = sentence.place, sentence.age
+            forced = float(step.next_log_probabilities[place, 0])
+            sentence.constraints.apply(self._read[place, :, :age], values[place], ids[place], forced)
+        if self._width == 1:
+            self._choose_one(values[:, 0], ids[:, 0])
+        else:
+            self._choose(values, ids)
+        self.leave([sentence for sentence in advanced if sentence.done])
         return advanced
 
-    def cancel(self, index: int) -> None:
-        """Take a sentence out of the batch before it is finished."""
-        self.searches[index].done = True
-        if index in self._active:
-            self._drop([place for place, active in enumerate(self._active) if active != index])
-
-    def results(self, index: int) -> list[Hypothesis]:
-        """The n best hypotheses of a finished sentence."""
-        return self.searches[index].results(self.source_lengths[index])
-
-    def _layout(
-        self, searches: list[BeamSearch], width: int
-    ) -> tuple[Int[np.ndarray, "row 1"], Int[np.ndarray, " row"]]:
-        # A sentence with fewer live rows than the widest repeats its first: every sentence fills the same grid.
-        tokens = np.empty((len(searches), width), np.int64)
-        parents = np.empty((len(searches), width), np.int64)
-        for place, search in enumerate(searches):
-            count = len(search.tokens)
-            tokens[place, :count], tokens[place, count:] = search.tokens, search.tokens[0]
-            parents[place, :count], parents[place, count:] = search.parents, search.parents[0]
-            parents[place] += self._offsets[place]
-        return tokens.reshape(-1, 1), parents.reshape(-1)
-
-    def _drop(self, places: list[int]) -> None:
-        if len(places) == len(self._active):
+    def leave(self, sentences: Sequence[Sentence]) -> None:
+        """Take sentences out, finished or not."""
+        if not sentences:
             return
-        self._active = [self._active[place] for place in places]
-        self._offsets = [self._offsets[place] for place in places]
-        if self._active:
-            self._memory = self._model.select(self._memory, np.array(places))
+        for sentence in sentences:
+            sentence.done = True
+        order = self._grid.leave([sentence.place for sentence in sentences])
+        self.sentences = [self.sentences[before] for before in order]
+        for place, sentence in enumerate(self.sentences):
+            sentence.place = place
+        self._keep(np.array(order, np.int64))
+
+    def settled(self, sentence: Sentence) -> list[Node]:
+        """Tokens of a sentence that are certain by now, from the first."""
+        live = [] if sentence.done else self._live(sentence)
+        return sentence.settle(live)
+
+    def _live(self, sentence: Sentence) -> list[Chain]:
+        place = sentence.place
+        return [self._chain(place, row) for row in range(self._width) if self._totals[place, row] > -math.inf]
+
+    def _chain(self, place: int, row: int) -> Chain:
+        count = self.sentences[place].age
+        history = (place, row, slice(count))
+        return Chain(
+            self._read[history].copy(),
+            self._values[history].copy(),
+            self._rows[history].copy(),
+            float(self._totals[place, row]),
+        )
+
+    def _choose_one(self, values: Float[np.ndarray, "sentence top"], ids: Int[np.ndarray, "sentence top"]) -> None:
+        places = np.arange(len(values))
+        best = values.argmax(1)
+        tokens, chosen = ids[places, best], values[places, best]
+        self._totals[:, 0] += chosen
+        self._write(tokens[:, None], chosen[:, None], np.zeros((len(values), 1), np.int64))
+        self._tokens = tokens[:, None]
+        for sentence, token, value in zip(self.sentences, tokens.tolist(), chosen.tolist(), strict=True):
+            sentence.age += 1
+            if value == -math.inf:
+                sentence.fail()
+            elif token == END or sentence.age == sentence.options.longest:
+                sentence.finish(self._chain(sentence.place, 0))
+                sentence.done = True
+
+    def _choose(self, values: Float[np.ndarray, "sentence row top"], ids: Int[np.ndarray, "sentence row top"]) -> None:
+        width, top = self._width, ids.shape[2]
+        count = len(values)
+        totals = (self._totals[:, :, None] + values).reshape(count, -1)
+        # Stable: ties go to the better row, and within a row to the model's own order.
+        order = np.argsort(-totals, 1, kind="stable")[:, : 2 * width]
+        totals = np.take_along_axis(totals, order, 1)
+        tokens = np.take_along_axis(ids.reshape(count, -1), order, 1)
+        values, parents = np.take_along_axis(values.reshape(count, -1), order, 1), order // top
+        possible = totals > -np.inf
+        ends = possible & (tokens == END)
+        live = possible & ~ends
+        ends[:, width:] = False
+        for place, rank in zip(*np.nonzero(ends), strict=True):
+            self._end(int(place), int(parents[place, rank]), float(values[place, rank]), float(totals[place, rank]))
+        # The first `width` that go on; where there are fewer, the rest of the rows is dead.
+        kept = np.argsort(~live, 1, kind="stable")[:, :width]
+        alive = np.take_along_axis(live, kept, 1)
+        self._totals = np.where(alive, np.take_along_axis(totals, kept, 1), -np.inf)
+        self._parents = np.where(alive, np.take_along_axis(parents, kept, 1), 0)
+        self._tokens = np.where(alive, np.take_along_axis(tokens, kept, 1), BEGIN)
+        self._branch(self._parents)
+        self._write(self._tokens, np.take_along_axis(values, kept, 1), self._parents)
+        self._advance(alive)
+
+    def _advance(self, alive: Bool[np.ndarray, "sentence row"]) -> None:
+        for sentence, best, goes_on in zip(
+            self.sentences, self._totals[:, 0].tolist(), alive[:, 0].tolist(), strict=True
+        ):
+            sentence.age += 1
+            if not goes_on and not sentence.finished:
+                sentence.fail()
+            elif sentence.age == sentence.options.longest:
+                for chain in self._live(sentence):
+                    sentence.finish(chain)
+                sentence.done = True
+            elif not goes_on or sentence.finished >= self._width or sentence.unbeatable(best):
+                sentence.done = True
+
+    def _end(self, place: int, row: int, value: float, total: float) -> None:
+        sentence = self.sentences[place]
+        history = (place, row, slice(sentence.age))
+        sentence.finish(
+            Chain(
+                np.append(self._read[history], END),
+                np.append(self._values[history], value),
+                np.append(self._rows[history], row),
+                total,
+            )
+        )
+
+    def _branch(self, parents: Int[np.ndarray, "sentence row"]) -> None:
+        longest = max(sentence.age for sentence in self.sentences)
+        for history in (self._read, self._values, self._rows):
+            history[:, :, :longest] = np.take_along_axis(history[:, :, :longest], parents[:, :, None], 1)
+
+    def _write(
+        self,
+        tokens: Int[np.ndarray, "sentence row"],
+        values: Float[np.ndarray, "sentence row"],
+        rows: Int[np.ndarray, "sentence row"],
+    ) -> None:
+        ages = np.array([sentence.age for sentence in self.sentences])
+        if ages.max() >= self._read.shape[2]:
+            self._read = _twice_as_long(self._read)
+            self._values = _twice_as_long(self._values)
+            self._rows = _twice_as_long(self._rows)
+        places = np.arange(len(ages))
+        for history, new in ((self._read, tokens), (self._values, values), (self._rows, rows)):
+            history[places, :, ages] = new
+
+    def _make_room(self, joined: int) -> None:
+        def longer(array: Array, value: float) -> Array:
+            return np.concatenate((array, np.full((joined, *array.shape[1:]), value, array.dtype)))
+
+        self._tokens, self._parents = longer(self._tokens, BEGIN), longer(self._parents, 0)
+        self._totals = longer(self._totals, -np.inf)
+        self._totals[-joined:, 0] = 0.0
+        self._read, self._values, self._rows = (
+            longer(history, 0) for history in (self._read, self._values, self._rows)
+        )
+
+    def _keep(self, places: Int[np.ndarray, " kept"]) -> None:
+        self._tokens, self._parents, self._totals = self._tokens[places], self._parents[places], self._totals[places]
+        self._read, self._values, self._rows = self._read[places], self._values[places], self._rows[places]
+
+
+def _twice_as_long(history: Array) -> Array:
+    return np.concatenate((history, np.zeros_like(history)), 2)
 
 
 def search(
-    model: StepModel, sources: Sequence[Sequence[int]], options: Sequence[SearchOptions]
+    model: StepModel,
+    sources: Sequence[Sequence[int]],
+    options: Sequence[SearchOptions],
+    attention: frozenset[Family] = ALL_FAMILIES,
 ) -> list[list[Hypothesis]]:
     """Decode a batch to the end.
 
@@ -322,14 +276,17 @@ def search(
         model: what computes the steps.
         sources: token ids of each sentence, the end token last.
         options: how to decode each; of one beam size.
+        attention: families that the hypotheses are to carry.
 
     Returns:
         For each sentence its n best hypotheses, best first.
     """
-    decoding = Decoding(model, sources, options)
-    while not decoding.done:
+    decoding = Decoding(model, options[0].beam_size)
+    memory = model.encode(*pad(sources), attention=False)
+    sentences = decoding.join(memory, range(len(sources)), options, [attention] * len(sources))
+    while decoding.sentences:
         decoding.step()
-    return [decoding.results(index) for index in range(len(sources))]
+    return [sentence.results() for sentence in sentences]
 
 
 def score(
@@ -338,6 +295,7 @@ def score(
     targets: Sequence[Sequence[int]],
     length_penalties: Sequence[float] | None = None,
     memory: Memory | None = None,
+    attention: frozenset[Family] = ALL_FAMILIES,
 ) -> list[Hypothesis]:
     """Forced decoding: how likely given targets are, and the attention on the way to each of their tokens.
 
@@ -347,22 +305,43 @@ def score(
         targets: token ids of each target, the end token last.
         length_penalties: for the score of each, as in a search; by default 1.
         memory: of the sources, where they were read already.
+        attention: families that the hypotheses are to carry.
     """
     next_ids, _ = pad(targets)
     target_ids, _ = pad([[BEGIN, *target[:-1]] for target in targets])
-    scores = model.score(target_ids, next_ids, memory or model.encode(*pad(sources)))
-    penalties = length_penalties or [1.0] * len(targets)
-    return [_forced(scores, row, list(target), len(sources[row]), penalties[row]) for row, target in enumerate(targets)]
-
-
-def _forced(scores: Scores, row: int, target: list[int], source_length: int, length_penalty: float) -> Hypothesis:
-    length = len(target)
-    log_probabilities: list[float] = scores.log_probabilities[row, :length].tolist()
-    return Hypothesis(
-        tokens=target,
-        log_probabilities=log_probabilities,
-        score=sum(log_probabilities) / length**length_penalty,
-        finish_reason="stop" if target[-1] == END else "length",
-        cross_attention=scores.cross_attention[row, :, :, :length, :source_length],
-        decoder_attention=scores.decoder_attention[row, :, :, :length, :length],
+    count, length = target_ids.shape
+    sizes = {"past": 1, "row": 1, "source": 0}
+    step = model.step(
+        Question(
+            target_ids=target_ids,
+            positions=np.broadcast_to(np.arange(length), target_ids.shape).copy(),
+            new_visible=causal(length).repeat(count, 0),
+            past_visible=np.zeros((count, length, 1), bool),  # one column that nobody sees: no axis is ever empty
+            next_ids=next_ids,
+            top=1,
+            memory=memory or model.encode(*pad(sources), attention=False),
+            state=tuple(
+                np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), np.float32)
+                for kept in model.state
+            ),
+            attention=attention - {"encoder"},
+        )
     )
+    penalties = length_penalties or [1.0] * len(targets)
+    hypotheses = []
+    for row, target in enumerate(targets):
+        real = len(target)
+        values: list[float] = step.next_log_probabilities[row, :real].tolist()
+        reason: Literal["stop", "length"] = "stop" if target[-1] == END else "length"
+        cross, own = step.cross_attention, step.decoder_attention
+        hypotheses.append(
+            Hypothesis(
+                tokens=list(target),
+                log_probabilities=values,
+                score=sum(values) / real ** penalties[row],
+                finish_reason=reason,
+                cross_attention=None if cross is None else cross[row, :, :, :real, : len(sources[row])],
+                decoder_attention=None if own is None else own[row, :, :, :real, 1 : real + 1],
+            )
+        )
+    return hypotheses

@@ -1,92 +1,112 @@
-"""The step protocol: what a search asks of a network, be it PyTorch's or ONNX Runtime's. Torch-free."""
+"""The step protocol: what a search asks of a network, be it PyTorch's or ONNX Runtime's. Torch-free.
+
+A model has no state of its own: what it is to remember goes in and comes out as arrays, whose first axis is the
+sentence. `model.grid` keeps them between steps.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+Family: TypeAlias = Literal["encoder", "decoder", "cross"]
+"""A family of attention."""
+
+ALL_FAMILIES: frozenset[Family] = frozenset({"encoder", "decoder", "cross"})
+NO_FAMILIES: frozenset[Family] = frozenset()
+
+Kept: TypeAlias = tuple[int | Literal["source", "past", "row"], ...]
+"""Sizes of what a model remembers of one sentence. "source" is as long as the source; "past" grows by what is new at
+each step, whose part alone the model returns; "row" has one entry for each hypothesis, and is returned anew."""
 
 
 @dataclass(frozen=True)
 class Memory:
     """What a step model remembers of a batch of sources."""
 
-    tensors: Any
-    """The model's own: arrays whose first axis is the sentence."""
+    tensors: tuple[Array, ...]
+    """Laid out as the model's `memory` says."""
     source_mask: Bool[np.ndarray, "batch source"]
     """True for real source tokens."""
-    encoder_attention: Float[np.ndarray, "batch layer head source source"]
-    """Encoder self-attention."""
+    encoder_attention: Float[np.ndarray, "batch layer head source source"] | None = None
+    """Encoder self-attention, where it was asked for; zero in padding."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a step model is to read, and to say about it."""
+
+    target_ids: Int[np.ndarray, "batch query"]
+    """New tokens: one for each hypothesis of a sentence, or many of one."""
+    positions: Int[np.ndarray, "batch query"]
+    """Their positions from 0."""
+    new_visible: Bool[np.ndarray, "batch query query"]
+    """Which of the new positions each one sees, itself among them."""
+    past_visible: Bool[np.ndarray, "batch query past"]
+    """Which of the past positions each one sees."""
+    next_ids: Int[np.ndarray, "batch query"]
+    """Tokens whose log-probability after each new position is wanted, whatever is likely."""
+    top: int
+    """How many candidates are wanted; at most the size of the vocabulary."""
+    memory: Memory
+    """Of the same sentences."""
+    state: tuple[Array, ...]
+    """Laid out as the model's `state` says."""
+    attention: frozenset[Family] = NO_FAMILIES
+    """Families to return."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """What a step model says about some new positions."""
 
-    top_log_probabilities: Float[np.ndarray, "row new top"]
+    top_log_probabilities: Float[np.ndarray, "batch query top"]
     """The best next tokens' log-probabilities after each new position, best first."""
-    top_ids: Int[np.ndarray, "row new top"]
+    top_ids: Int[np.ndarray, "batch query top"]
     """Their ids."""
-    cross_attention: Float[np.ndarray, "row layer head new source"]
-    """Attention of each new position to the source."""
-    decoder_attention: Float[np.ndarray, "row layer head new target"]
-    """Attention of each new position to the target so far, right-aligned where rows differ in age."""
-    state: Any
-    """The model's own, for the next step."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a step model says about given targets."""
-
-    log_probabilities: Float[np.ndarray, "row new"]
-    """Log-probability of each given next token."""
-    cross_attention: Float[np.ndarray, "row layer head new source"]
-    decoder_attention: Float[np.ndarray, "row layer head new target"]
+    next_log_probabilities: Float[np.ndarray, "batch query"]
+    """Log-probabilities of the tokens asked about."""
+    cross_attention: Float[np.ndarray, "batch layer head query source"] | None
+    """Attention of each new position to the source, where it was asked for."""
+    decoder_attention: Float[np.ndarray, "batch layer head query target"] | None
+    """Attention of each new position to the past and then to the new positions, where it was asked for."""
+    state: tuple[Array, ...] = field(repr=False)
+    """What is to be remembered of the new positions."""
 
 
 class StepModel(Protocol):
     """A network that decodes step by step: PyTorch's or ONNX Runtime's."""
 
+    @property
+    def memory(self) -> Sequence[Kept]:
+        """How `Memory.tensors` are laid out, without the sentence."""
+        ...
+
+    @property
+    def state(self) -> Sequence[Kept]:
+        """How the state is laid out, without the sentence."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the target vocabulary."""
+        ...
+
     def encode(
-        self, source_ids: Int[np.ndarray, "batch source"], source_mask: Bool[np.ndarray, "batch source"]
+        self,
+        source_ids: Int[np.ndarray, "batch source"],
+        source_mask: Bool[np.ndarray, "batch source"],
+        attention: bool = True,
     ) -> Memory:
-        """Read a padded batch of sources."""
+        """Read a padded batch of sources; with encoder attention, or without its price."""
         ...
 
-    def select(self, memory: Memory, sentences: Int[np.ndarray, " kept"]) -> Memory:
-        """The memory of some of the sentences."""
-        ...
-
-    def step(
-        self,
-        target_ids: Int[np.ndarray, "row new"],
-        positions: Int[np.ndarray, "row new"],
-        memory: Memory,
-        state: Any,
-        state_rows: Int[np.ndarray, " row"],
-        top: int,
-    ) -> Step:
-        """Read new tokens in every row.
-
-        Args:
-            target_ids: the new tokens; row = sentence * beam, the beams of a sentence side by side.
-            positions: their positions in the row.
-            memory: of as many sentences as divide the rows.
-            state: what the last step returned; None at the start.
-            state_rows: for each row, the row of `state` that it goes on from.
-            top: how many candidates to return; at most the size of the vocabulary.
-        """
-        ...
-
-    def score(
-        self,
-        target_ids: Int[np.ndarray, "row new"],
-        next_ids: Int[np.ndarray, "row new"],
-        memory: Memory,
-    ) -> Scores:
-        """Read whole targets at once, and say how likely each given next token was."""
+    def step(self, question: Question) -> Step:
+        """Read new tokens."""
         ...
 
 
@@ -99,3 +119,8 @@ def pad(
     ids = np.full(mask.shape, value, np.int64)
     ids[mask] = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
     return ids, mask
+
+
+def causal(count: int) -> Bool[np.ndarray, "1 count count"]:
+    """Each new position sees itself and those before it."""
+    return np.tri(count, dtype=bool)[None]

@@ -115,6 +115,11 @@ class Tokenizer:
         """How the vocabulary writes one id."""
         return str(self._backend.id_to_token(index))
 
+    def token_id(self, text: str) -> int | None:
+        """The id of a token as the vocabulary writes it; None where there is none."""
+        index: int | None = self._backend.token_to_id(text)
+        return index
+
     def spans(self, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
         """The decoded text of generated ids, and each token's span of characters in it."""
         stream = SpanStream(self)

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from model.attention import KeyValue, hide
 from model.config import ModelConfig
-from model.layers import DecoderLayer, Embedding, EncoderLayer, KeyValue
+from model.layers import DecoderLayer, Embedding, EncoderLayer
 
 
 class Encoded(NamedTuple):
@@ -32,14 +33,14 @@ class Encoded(NamedTuple):
 class Decoded(NamedTuple):
     """What the decoder makes of some new target positions."""
 
-    logits: Float[Tensor, "row new vocabulary"]
+    logits: Float[Tensor, "batch query vocabulary"]
     """Scores of the next token after each new position."""
-    decoder_attention: list[Float[Tensor, "row head new target"]]
-    """Decoder self-attention over past and new positions, one tensor a layer."""
-    cross_attention: list[Float[Tensor, "row head new source"]]
+    decoder_attention: list[Float[Tensor, "batch head query target"]]
+    """Decoder self-attention over the past and then the new positions, one tensor a layer."""
+    cross_attention: list[Float[Tensor, "batch head query source"]]
     """Attention to the source, one tensor a layer."""
     state: list[KeyValue]
-    """Self-attention keys and values of past and new positions, one pair a layer: the next step's past."""
+    """Self-attention keys and values of the new positions, one pair a layer: a later step's past."""
 
 
 class Output(NamedTuple):
@@ -51,25 +52,9 @@ class Output(NamedTuple):
     cross_attention: list[Float[Tensor, "batch head target source"]]
 
 
-def target_visible(positions: Int[Tensor, "row new"], past: int) -> Bool[Tensor, "row 1 new target"]:
-    """Which of `past` cached and the new target positions each new position may see.
-
-    Pasts are right-aligned, so rows of different ages share a batch:
-
-        past = 3, row of age 3:   k k k | n         the row's first new position has position 3
-                  row of age 1:   · · k | n         position 1: two cached positions are padding
-
-    New positions may themselves begin with padding, marked by negative positions (a forced prefix, right-aligned).
-
-    Args:
-        positions: position of each new token in its row, counted from 0; negative for padding.
-        past: number of cached positions, padding included.
-    """
-    new = positions.shape[1]
-    key = torch.arange(past + new, device=positions.device)
-    causal = key[None, :] <= past + torch.arange(new, device=positions.device)[:, None]  # new target
-    real = key[None, :] >= past - positions[:, :1]  # row target
-    return (causal[None] & real[:, None])[:, None]
+def causal(count: int, device: torch.device | None = None) -> Bool[Tensor, "1 count count"]:
+    """Each position sees itself and those before it (3.2.3)."""
+    return torch.ones(count, count, dtype=torch.bool, device=device).tril()[None]
 
 
 class Encoder(nn.Module):
@@ -87,11 +72,11 @@ class Encoder(nn.Module):
         """Returns the encoded positions and the attention of each layer; padding neither sees nor is seen."""
         positions = torch.arange(source_ids.shape[1], device=source_ids.device)[None].expand_as(source_ids)
         x = self.embedding(source_ids, positions)
-        visible = (source_mask[:, None, :] & source_mask[:, :, None])[:, None]  # batch 1 source source
+        hidden = hide(source_mask[:, None, None, :], x.dtype)
         attention = []
         for layer in self.layers:
-            x, weights = layer(x, visible)
-            attention.append(weights)
+            x, weights = layer(x, hidden)
+            attention.append(weights.masked_fill(~source_mask[:, None, :, None], 0.0))
         return self.norm(x), attention
 
 
@@ -107,31 +92,43 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        target_ids: Int[Tensor, "row new"],
-        positions: Int[Tensor, "row new"],
+        target_ids: Int[Tensor, "batch query"],
+        positions: Int[Tensor, "batch query"],
         memory: list[KeyValue],
         source_mask: Bool[Tensor, "batch source"],
+        new_visible: Bool[Tensor, "#batch query query"],
         past: list[KeyValue] | None = None,
+        past_visible: Bool[Tensor, "batch query past"] | None = None,
     ) -> Decoded:
-        """Run the new positions of each row, after its past.
+        """Run the new positions of each sentence, after its past.
+
+        What is new may be the next position of one hypothesis, of several (the beams of a sentence, none of which sees
+        the others), or many positions of one; the past likewise holds positions of all of them in any order. Who
+        follows whom is in the masks alone, so that hypotheses part ways without a key or value being copied:
+
+            past columns   a b c d e f | new   x y        "a b d" and "a c" are in the beam
+            sees           a b . d . . |       x .        x follows d
+                           a . c . . . |       . y        y follows c; e and f died out
 
         Args:
-            target_ids: tokens to read; row = batch * beam, the beams of a sentence side by side.
-            positions: their positions from 0; negative for padding before a row's first token.
+            target_ids: tokens to read.
+            positions: their positions from 0.
             memory: from the encoder, one pair a layer.
             source_mask: true for real source tokens.
-            past: the state that the last call returned, its rows chosen by the caller; nothing at the start.
+            new_visible: which new positions each new one sees, itself among them; one for all where there is no past.
+            past: keys and values that earlier calls returned; nothing at the start.
+            past_visible: which of them each new position sees.
         """
         x = self.embedding(target_ids, positions)
-        visible = target_visible(positions, 0 if past is None else past[0].key.shape[2])
-        source_visible = source_mask[:, None, None, :]
+        visible = new_visible if past_visible is None else torch.cat((past_visible, new_visible), -1)
+        hidden, source_hidden = hide(visible[:, None], x.dtype), hide(source_mask[:, None, None, :], x.dtype)
         decoder_attention, cross_attention, state = [], [], []
         for index, layer in enumerate(self.layers):
             before = None if past is None else past[index]
-            x, self_weights, cross_weights, present = layer(x, visible, before, memory[index], source_visible)
+            x, self_weights, cross_weights, new = layer(x, hidden, before, memory[index], source_hidden)
             decoder_attention.append(self_weights)
             cross_attention.append(cross_weights)
-            state.append(present)
+            state.append(new)
         return Decoded(self.projection(self.norm(x)), decoder_attention, cross_attention, state)
 
 
@@ -177,7 +174,7 @@ class Transformer(nn.Module):
         """Read the sources, and compute what every decoder layer will look at."""
         encoded, attention = self.encoder(source_ids, source_mask)
         layers = cast("Iterable[DecoderLayer]", self.decoder.layers)
-        memory = [KeyValue(*layer.cross_attention.project_memory(encoded)) for layer in layers]
+        memory = [layer.cross_attention.project_memory(encoded) for layer in layers]
         return Encoded(memory, attention)
 
     def forward(
@@ -195,5 +192,6 @@ class Transformer(nn.Module):
         """
         encoded = self.encode(source_ids, source_mask)
         positions = torch.arange(target_ids.shape[1], device=target_ids.device)[None].expand_as(target_ids)
-        decoded = self.decoder(target_ids, positions, encoded.memory, source_mask)
+        visible = causal(target_ids.shape[1], target_ids.device)
+        decoded = self.decoder(target_ids, positions, encoded.memory, source_mask, visible)
         return Output(decoded.logits, encoded.attention, decoded.decoder_attention, decoded.cross_attention)

@@ -73,6 +73,8 @@ class Validation:
         source, target = self._pictured
         weights = score(TorchStepModel(model), [source], [target])[0].cross_attention
         model.train(was_training)
+        if weights is None:
+            return None
         layers, heads = weights.shape[:2]
         return AttentionPicture(
             family="cross",

@@ -3,26 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from model.picture import How, draw_png
 from serve.answers import Answer, FamilyName, ModelInfo
-from serve.client import Client
+from serve.client import Client, Sampling, WantedSearch
 from serve.page import write_page
 from serve.show import show_details, show_map, show_pieces, show_text, to_json
 from serve.view import View
-
-
-class Search(TypedDict):
-    """How to search, as `Client.generate` takes it; None leaves it to the server."""
-
-    beam_size: int | None
-    hypotheses: int | None
-    length_penalty: float | None
-    longest: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +30,7 @@ class Session:
     """
 
     client: Client
-    search: Search
+    search: WantedSearch
     target: str | None
     view: View
     stream: bool
@@ -74,7 +65,7 @@ class Session:
     def _ask(self, info: ModelInfo, view: View, text: str) -> Answer:
         wanted = view.wanted(info)
         if self.target is not None:
-            return self.client.score(text, self.target, length_penalty=self.search["length_penalty"], **wanted)
+            return self.client.score(text, self.target, length_penalty=self.search.get("length_penalty"), **wanted)
         if self.stream:
             return show_pieces(self.console, self.client.stream(text, **self.search, **wanted))
         return self.client.generate(text, **self.search, **wanted)
@@ -130,6 +121,24 @@ LengthPenalty = Annotated[
     float | None, typer.Option(show_default="1", help="A score is log-probability / length ^ this.")
 ]
 Longest = Annotated[int | None, typer.Option(show_default="the model's limit", help="Most tokens to generate.")]
+Shortest = Annotated[int | None, typer.Option(show_default="1", help="Fewest tokens to generate.")]
+Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="What the answer must begin with.")]
+Suppress = Annotated[
+    list[str] | None, typer.Option(metavar="TOKEN", help="Token that is never generated; may be repeated.")
+]
+NoRepeat = Annotated[
+    int | None, typer.Option("--no-repeat-ngram", metavar="N", help="Let no run of so many tokens occur twice.")
+]
+Coverage = Annotated[
+    float | None,
+    typer.Option("--coverage-penalty", show_default="0", help="Weight of source tokens that got little attention."),
+]
+Temperature = Annotated[
+    float | None, typer.Option(show_default="1", help="Draw tokens; below 1, the likely becomes likelier.")
+]
+TopK = Annotated[int | None, typer.Option(show_default="all", help="Draw tokens, from so many likeliest.")]
+TopP = Annotated[float | None, typer.Option(show_default="1", help="Draw tokens, from those with so much probability.")]
+Seed = Annotated[int | None, typer.Option(show_default="0", help="Draw tokens; another seed, another answer.")]
 Target = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Score this answer instead of generating one (forced decoding).")
 ]
@@ -168,6 +177,15 @@ def ask(
     n_best: NBest = None,
     length_penalty: LengthPenalty = None,
     longest: Longest = None,
+    shortest: Shortest = None,
+    prefix: Prefix = None,
+    suppress: Suppress = None,
+    no_repeat: NoRepeat = None,
+    coverage: Coverage = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
     target: Target = None,
     attention: Attention = "cross",
     layer: Layer = None,
@@ -180,15 +198,30 @@ def ask(
     timeout: Timeout = 30.0,
 ) -> None:
     """Ask a server, and see which input each output came from."""
-    searched = {"--beam-size": beam_size, "--n-best": n_best, "--longest": longest}
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling = {name: value for name, value in drawn.items() if value is not None}
+    searched: dict[str, object] = {
+        "--beam-size": beam_size,
+        "--n-best": n_best,
+        "--longest": longest,
+        "--shortest": shortest,
+    }
+    searched |= {"--prefix": prefix, "--suppress": suppress, "--no-repeat-ngram": no_repeat}
+    searched |= {"--coverage-penalty": coverage, "--temperature, --top-k, --top-p, --seed": sampling or None}
     for option, value in searched.items():
         _refuse_together(option, {"--target": value is not None and target is not None})
     _refuse_together("--stream", {"--json": stream and as_json, "--target": stream and target is not None})
-    search = Search(
+    search = WantedSearch(
         beam_size=n_best if beam_size is None else beam_size,
         hypotheses=n_best,
         length_penalty=length_penalty,
         longest=longest,
+        shortest=shortest,
+        prefix=prefix,
+        suppressed=suppress,
+        no_repeat_ngram=no_repeat,
+        coverage_penalty=coverage,
+        sampling=Sampling(**sampling) if sampling else None,  # type: ignore[arg-type]
     )
     view = View(
         family=attention,

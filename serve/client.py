@@ -7,14 +7,16 @@
 It needs no torch, and may be shared between threads.
 """
 
+import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypedDict, TypeVar, Unpack
 
 import grpc
 
 from model.errors import InvalidRequestError
+from model.options import Sampling
 from serve.answers import (
     Alignment,
     Answer,
@@ -45,6 +47,7 @@ __all__ = [
     "Hypothesis",
     "ModelInfo",
     "Piece",
+    "Sampling",
     "ServerError",
     "Start",
     "Token",
@@ -64,6 +67,39 @@ CHANNEL_OPTIONS = (
 _UNREACHABLE = ("failed to connect", "errors resolving", "DNS resolution failed", "Failed to create channel")
 
 
+class WantedSearch(TypedDict, total=False):
+    """How to search; what is left out or None is left to the server, whose API says what each means."""
+
+    beam_size: int | None
+    hypotheses: int | None
+    length_penalty: float | None
+    longest: int | None
+    coverage_penalty: float | None
+    shortest: int | None
+    prefix: str | None
+    no_repeat_ngram: int | None
+    suppressed: Iterable[str] | None
+    sampling: Sampling | None
+
+
+class WantedAttention(TypedDict, total=False):
+    """Which attention to return.
+
+    Families, none by default; their layers and heads from 0, all by default; what becomes of these; and the type of the
+    weights: float16 halves the bytes and keeps three digits.
+    """
+
+    families: Iterable[FamilyName]
+    layers: Iterable[int]
+    heads: Iterable[int]
+    reduction: ReductionName
+    float_type: FloatName
+
+
+class Wanted(WantedSearch, WantedAttention):
+    """What `Client.generate` takes."""
+
+
 class Client:
     """Asks one server, without encryption.
 
@@ -78,61 +114,26 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = LimelightServiceStub(self._channel)
 
-    def generate(
-        self,
-        source: str,
-        *,
-        beam_size: int | None = None,
-        hypotheses: int | None = None,
-        length_penalty: float | None = None,
-        longest: int | None = None,
-        families: Iterable[FamilyName] = (),
-        layers: Iterable[int] = (),
-        heads: Iterable[int] = (),
-        reduction: ReductionName = "none",
-        float_type: FloatName = "float32",
-        model: str = "",
-    ) -> Answer:
+    def generate(self, source: str, *, model: str = "", **wanted: Unpack[Wanted]) -> Answer:
         """Answer a text.
 
         Args:
             source: the text.
-            beam_size: hypotheses kept at a time; None for greedy search.
-            hypotheses: how many to return, at most `beam_size`; None for the best.
-            length_penalty: hypotheses are compared by log-probability / length ^ length_penalty; None for 1.
-            longest: most tokens to generate, the end token among them; None for the model's limit.
-            families: attention to return with every hypothesis; none by default.
-            layers: layers of it, from 0; all by default.
-            heads: heads of it, from 0; all by default.
-            reduction: what becomes of these layers and heads.
-            float_type: type of the weights; float16 halves the bytes and keeps three digits.
             model: name of the model; empty for the one that is served.
+            wanted: how to search, and the attention to return with every hypothesis.
 
         Raises:
             ServerError: the server refused, failed, was too slow or is not there.
             InvalidRequestError: an option that cannot be sent.
         """
         with _sendable():
-            search = _search(beam_size, hypotheses, length_penalty, longest)
-            attention = _attention(families, layers, heads, reduction, float_type)
+            search, attention = _search(wanted), _attention(wanted)
             request = pb.GenerateRequest(model=model, source=source, search=search, attention=attention)
         with self._explained():
             return read_answer(self._stub.Generate(request, timeout=self.timeout))
 
     def stream(
-        self,
-        source: str,
-        *,
-        beam_size: int | None = None,
-        hypotheses: int | None = None,
-        length_penalty: float | None = None,
-        longest: int | None = None,
-        families: Iterable[FamilyName] = (),
-        layers: Iterable[int] = (),
-        heads: Iterable[int] = (),
-        reduction: ReductionName = "none",
-        float_type: FloatName = "float32",
-        model: str = "",
+        self, source: str, *, model: str = "", **wanted: Unpack[Wanted]
     ) -> Generator[Start | Piece | End, None, None]:
         """Answer a text token by token: a `Start`, a `Piece` for each token of the best hypothesis, an `End`.
 
@@ -140,8 +141,7 @@ class Client:
         errors as for `generate`; an error may come after some events.
         """
         with _sendable():
-            search = _search(beam_size, hypotheses, length_penalty, longest)
-            attention = _attention(families, layers, heads, reduction, float_type)
+            search, attention = _search(wanted), _attention(wanted)
             request = pb.GenerateStreamRequest(model=model, source=source, search=search, attention=attention)
         return self._events(request)
 
@@ -151,12 +151,8 @@ class Client:
         target: str,
         *,
         length_penalty: float | None = None,
-        families: Iterable[FamilyName] = (),
-        layers: Iterable[int] = (),
-        heads: Iterable[int] = (),
-        reduction: ReductionName = "none",
-        float_type: FloatName = "float32",
         model: str = "",
+        **wanted: Unpack[WantedAttention],
     ) -> Answer:
         """How likely a given target is: forced decoding. The only hypothesis is the target; the rest as `generate`."""
         with _sendable():
@@ -165,7 +161,7 @@ class Client:
                 source=source,
                 target=target,
                 length_penalty=length_penalty,
-                attention=_attention(families, layers, heads, reduction, float_type),
+                attention=_attention(wanted),
             )
         with self._explained():
             return read_score(self._stub.Score(request, timeout=self.timeout))
@@ -233,25 +229,24 @@ def _sendable() -> Iterator[None]:
         raise InvalidRequestError("request", f"cannot be sent: {error}") from None
 
 
-def _search(
-    beam_size: int | None, hypotheses: int | None, length_penalty: float | None, longest: int | None
-) -> pb.SearchOptions:
-    return pb.SearchOptions(beam_size=beam_size, hypotheses=hypotheses, length_penalty=length_penalty, longest=longest)
+def _search(wanted: "Wanted") -> pb.SearchOptions:
+    unknown = wanted.keys() - Wanted.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    sampling = wanted.get("sampling")
+    return pb.SearchOptions(
+        **{name: wanted.get(name) for name in WantedSearch.__annotations__.keys() - {"sampling"}},  # type: ignore[arg-type]
+        sampling=None if sampling is None else pb.Sampling(**dataclasses.asdict(sampling)),
+    )
 
 
-def _attention(
-    families: Iterable[FamilyName],
-    layers: Iterable[int],
-    heads: Iterable[int],
-    reduction: ReductionName,
-    float_type: FloatName,
-) -> pb.AttentionOptions:
+def _attention(wanted: "WantedAttention") -> pb.AttentionOptions:
     return pb.AttentionOptions(
-        families=[_number("attention.families", FAMILIES, family) for family in families],
-        layers=layers,
-        heads=heads,
-        reduction=_number("attention.reduction", REDUCTIONS, reduction),
-        float_type=_number("attention.float_type", FLOAT_TYPES, float_type),
+        families=[_number("attention.families", FAMILIES, family) for family in wanted.get("families", ())],
+        layers=wanted.get("layers", ()),
+        heads=wanted.get("heads", ()),
+        reduction=_number("attention.reduction", REDUCTIONS, wanted.get("reduction", "none")),
+        float_type=_number("attention.float_type", FLOAT_TYPES, wanted.get("float_type", "float32")),
     )
 
 

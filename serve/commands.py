@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from serve.bundle import load_model
-from serve.engine import EngineLimits
+from serve.jobs import EngineLimits
 from serve.server import ServerOptions, serve_until_signal
 
 

@@ -8,10 +8,12 @@ import numpy as np
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from export.manifest import Family, FamilyShape, Manifest
+from export.manifest import FamilyShape, Manifest
 from model.errors import InvalidRequestError
-from model.search import Hypothesis, SearchOptions
-from model.tokenizer import Token, Tokenizer
+from model.search import Hypothesis, Sampling, SearchOptions
+from model.steps import Family
+from model.tokenizer import UNKNOWN, Token, Tokenizer
+from serve.jobs import Job, Settled
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
 FAMILIES: "dict[pb.AttentionFamily.ValueType, Family]" = {
@@ -57,10 +59,20 @@ class Asked:
     options: SearchOptions
     wanted: AttentionWanted
 
-    @property
-    def source_ids(self) -> list[int]:
-        """What the engine reads."""
-        return [token.id for token in self.source]
+    def job(self, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
+        """For the engine.
+
+        Args:
+            target: ids to score instead of searching.
+            on_settled: told of tokens as they become certain.
+        """
+        return Job(
+            source=[token.id for token in self.source],
+            options=self.options,
+            target=target,
+            attention=frozenset(self.wanted.families),
+            on_settled=on_settled,
+        )
 
     def check_encoder_attention(self) -> None:
         """Refuse, before anything is computed, encoder attention that would not fit an answer.
@@ -112,21 +124,55 @@ def encode_text(field: str, text: str, tokenizer: Tokenizer, longest: int) -> li
     return tokens
 
 
-def search_options(message: pb.SearchOptions, longest: int) -> SearchOptions:
+def search_options(message: pb.SearchOptions, longest: int, target: Tokenizer) -> SearchOptions:
     """The options of a search, defaults filled in.
 
+    Args:
+        message: as asked.
+        longest: most tokens that the model generates.
+        target: tokenizer of the answers.
+
     Raises:
-        InvalidRequestError: a value is out of its range.
+        InvalidRequestError: a value is out of its range, or a token is not in the vocabulary.
     """
     asked = message.longest if message.HasField("longest") else longest
     if asked > longest:
         raise InvalidRequestError("longest", f"{asked} is over the model's limit of {longest} tokens")
     return SearchOptions(
         longest=asked,
-        beam_size=message.beam_size if message.HasField("beam_size") else 1,
-        hypotheses=message.hypotheses if message.HasField("hypotheses") else 1,
-        length_penalty=message.length_penalty if message.HasField("length_penalty") else 1.0,
+        prefix=_prefix(message.prefix, longest, target),
+        suppressed=frozenset(_token_id("suppressed", token, target) for token in message.suppressed),
+        sampling=Sampling(**_given(message.sampling, SAMPLING)) if message.HasField("sampling") else None,
+        **_given(message, SEARCH),
     )
+
+
+SEARCH = ("beam_size", "hypotheses", "length_penalty", "coverage_penalty", "shortest", "no_repeat_ngram")
+"""Fields of the API's SearchOptions that are numbers, named as ours."""
+
+SAMPLING = ("temperature", "top_k", "top_p", "seed")
+"""Fields of the API's Sampling, named as ours."""
+
+
+def _given(message: Message, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _prefix(text: str, longest: int, target: Tokenizer) -> tuple[int, ...]:
+    if not text:
+        return ()
+    tokens = encode_text("prefix", text, target, longest)[:-1]
+    for token in tokens:
+        if token.id == UNKNOWN:
+            raise InvalidRequestError("prefix", f"{text[token.start : token.end]!r} is not in the target vocabulary")
+    return tuple(token.id for token in tokens)
+
+
+def _token_id(field: str, token: str, target: Tokenizer) -> int:
+    index = target.token_id(token)
+    if index is None:
+        raise InvalidRequestError(field, f"{token!r} is not in the target vocabulary")
+    return index
 
 
 def attention_wanted(message: pb.AttentionOptions, manifest: Manifest) -> AttentionWanted:

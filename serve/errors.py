@@ -24,6 +24,10 @@ class ShuttingDownError(ServeError):
     """The server takes no new requests: try another replica."""
 
 
+class ExpiredError(ServeError):
+    """The caller's deadline passed."""
+
+
 class EngineError(ServeError):
     """The engine failed on a request through no fault of the request."""
 
@@ -40,6 +44,7 @@ STATUS: Mapping[type[LimelightError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
     ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
     BundleError: grpc.StatusCode.FAILED_PRECONDITION,
 }

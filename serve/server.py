@@ -18,8 +18,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from serve.bundle import ServedModel
-from serve.engine import Engine, EngineLimits
+from serve.engine import Engine
 from serve.errors import AddressError, QueueFullError, ShuttingDownError, status_of
+from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2, limelight_pb2_grpc
 from serve.service import LimelightService
 

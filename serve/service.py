@@ -25,8 +25,9 @@ from serve.convert import (
     search_options,
     token_message,
 )
-from serve.engine import Decoded, Engine, Job, Ticket
+from serve.engine import Engine
 from serve.errors import ModelNotFoundError
+from serve.jobs import Decoded, Job, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1 import limelight_pb2_grpc as rpc
 from serve.stream import TokenStream
@@ -53,7 +54,7 @@ class LimelightService(rpc.LimelightServiceServicer):
     ) -> pb.GenerateResponse:
         """See limelight.proto."""
         asked = await self._off_loop(lambda: self._understand(request))
-        decoded = await self._decode(Job(source=asked.source_ids, options=asked.options))
+        decoded = await self._decode(asked.job())
         return await self._off_loop(lambda: self._answer(asked, decoded))
 
     async def GenerateStream(
@@ -64,7 +65,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         asked = await self._off_loop(lambda: self._understand(request))
         stream = TokenStream(self._model, asked, self._version, self._off_loop)
-        ticket = self._engine.submit(Job(source=asked.source_ids, options=asked.options, on_settled=stream.on_settled))
+        ticket = self._engine.submit(asked.job(on_settled=stream.on_settled))
         try:
             async for event in stream.events(asyncio.wrap_future(ticket.future)):
                 yield event
@@ -77,7 +78,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         asked, target = await self._off_loop(lambda: self._understand_pair(request))
         ids = [token.id for token in target]
-        decoded = await self._decode(Job(source=asked.source_ids, options=asked.options, target=ids))
+        decoded = await self._decode(asked.job(target=ids))
         return await self._off_loop(lambda: self._scored(asked, request.target, decoded))
 
     async def GetModel(
@@ -103,7 +104,7 @@ class LimelightService(rpc.LimelightServiceServicer):
             raise ModelNotFoundError(f"model {name!r} is not served here; {self._model.manifest.name!r} is")
 
     def _understand(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Asked:
-        options = search_options(request.search, self._model.manifest.limits.longest_target)
+        options = search_options(request.search, self._model.manifest.limits.longest_target, self._model.target)
         return self._asked(request, options)
 
     def _understand_pair(self, request: pb.ScoreRequest) -> tuple[Asked, list[Token]]:

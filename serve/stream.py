@@ -5,11 +5,11 @@ from __future__ import annotations  # grpc's and asyncio's classes are generic t
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-from model.search import Node
+from model.hypotheses import Node
 from model.tokenizer import SpanStream, Token
 from serve.bundle import ServedModel
 from serve.convert import Asked, check_size, encoder_attention, hypothesis_message, target_attention, token_message
-from serve.engine import Decoded
+from serve.jobs import Decoded
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
 OffLoop = Callable[[Callable[[], pb.GenerateStreamResponse]], Awaitable[pb.GenerateStreamResponse]]
@@ -70,8 +70,10 @@ class TokenStream:
     def _token(self, node: Node) -> pb.GenerateStreamResponse:
         before = len(self._spans.text)
         token = Token(node.token, self._model.target.token_text(node.token), *self._spans.add(node.token))
-        cross = node.cross_attention[:, :, None, : len(self._asked.source)]
-        decoder = node.decoder_attention[:, :, None, -node.length :]
+        cross, decoder = (
+            None if weights is None else weights[:, :, None]
+            for weights in (node.cross_attention, node.decoder_attention)
+        )
         return pb.GenerateStreamResponse(
             token=pb.StreamToken(
                 token=token_message(token, node.log_probability),

@@ -26,7 +26,7 @@ class ServingOptions:
     rows: int = 64
     """Most rows (sentences times beams) decoded together."""
     tokens: int = 16384
-    """Most padded source tokens, times beams, in a batch: `batch_tokens` of our server's limits."""
+    """Most padded source tokens, times beams, in a batch of a peer; our server bounds what it keeps instead."""
     queue: int = 1024
     """Most requests waiting; one more is refused."""
     beam: int = 1

@@ -14,6 +14,7 @@ from bench.load.options import read_peer
 from export.manifest import read_manifest
 from export.runtime import OnnxStepModel, RuntimeOptions
 from model.search import SearchOptions, search
+from model.steps import NO_FAMILIES
 from model.tokenizer import Tokenizer
 
 
@@ -49,7 +50,7 @@ class TritonPythonModel:
         return [_response(text) for text in answers]
 
     def _decode(self, batch: list[list[int]]) -> list[str]:
-        found = search(self._steps, batch, [self._search] * len(batch))
+        found = search(self._steps, batch, [self._search] * len(batch), NO_FAMILIES)
         return [self._target.decode(hypotheses[0].tokens) for hypotheses in found]
 
 

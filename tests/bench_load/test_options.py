@@ -6,7 +6,7 @@ import pytest
 
 from bench.load.options import Precision, ServingOptions, read_peer, write_port
 from bench.load.servers import Server, ServerName, share_processors
-from serve.engine import EngineLimits
+from serve.jobs import EngineLimits
 
 OPTIONS = ServingOptions(precision=Precision.INT8, threads=2, rows=8, tokens=100, queue=5, beam=4, longest=12)
 

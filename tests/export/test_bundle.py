@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from export.bundle import VERSIONED, export_bundle
 from export.manifest import BundleError, check_files, describe_file, read_manifest
-from export.verify import TOLERANCES, VerificationError
+from export.verify import METRIC_LOSS, TOLERANCES, VerificationError
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
 from tests.export.toy import PAIRS, Toy, network, retrace
@@ -25,7 +25,7 @@ FILES = {
     *(
         f"{precision}/{file}"
         for precision in ("fp32", "int8")
-        for file in ("encoder.onnx", "decoder.onnx", "weights.bin")
+        for file in ("encoder.onnx", "decoder.onnx", "weights.bin", "generate.onnx")
     ),
 }
 
@@ -80,6 +80,13 @@ def test_it_carries_the_figures_of_its_verification(reversal: Reversal) -> None:
         }
     for output, limit in TOLERANCES["fp32"].items():
         assert parity.differences["fp32"][output] <= limit < parity.differences["int8"][output]
+
+
+def test_int8_answers_as_well_as_it_must(exported: Toy | Reversal) -> None:
+    answers = exported.manifest.provenance.answers
+    assert answers["int8"].keys() == answers["torch"].keys() == {"bleu", "chrf"}
+    for metric, expected in answers["torch"].items():
+        assert answers["int8"][metric] >= expected - METRIC_LOSS[metric]
 
 
 def test_its_version_is_by_default_that_of_its_weights(tied: Toy) -> None:

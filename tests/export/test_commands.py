@@ -122,7 +122,12 @@ def test_export_writes_a_bundle_and_says_what_it_found(
     assert {found["answers"] for found in parity.values()} == {2}
     assert f"{parity['fp32']['cross_attention']:.1e}" in told
     assert "2 of 2" in told
-    assert told.endswith("bundle: untied 7, fp32 0.1 MB, int8 0.0 MB; 2 sources decoded\n")
+    fp32, int8 = (folder_size(tmp_path / "bundle" / precision) / 1e6 for precision in ("fp32", "int8"))
+    assert told.endswith(f"bundle: untied 7, fp32 {fp32:.1f} MB, int8 {int8:.1f} MB; 2 sources decoded\n")
+
+
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def test_a_failed_export_says_why_and_writes_nothing(
@@ -187,3 +192,12 @@ def test_a_damaged_bundle_is_not_evaluated(reversal: Reversal, tmp_path: Path) -
     (tmp_path / "bundle.json").write_text(reversal.manifest.model_dump_json(), encoding="utf-8")
     with pytest.raises(BundleError, match=r"missing, though bundle\.json lists it: the bundle is incomplete"):
         run("evaluate", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "evaluate --precision int8"])
+def test_a_bundle_of_format_1_is_refused_with_the_way_out(reversal: Reversal, tmp_path: Path, command: str) -> None:
+    values = json.loads(reversal.manifest.model_dump_json()) | {"format": 1}
+    (tmp_path / "bundle.json").write_text(json.dumps(values), encoding="utf-8")
+    name, *options = command.split()
+    with pytest.raises(BundleError, match=r"bundle\.json: format 1, this version reads 2: export the model again$"):
+        run(name, tmp_path, *options)

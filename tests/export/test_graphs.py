@@ -1,11 +1,12 @@
 """The ONNX files keep the contract: names, axes, standard operators, and weights that are stored once."""
 
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import AttributeProto, NodeProto, TensorProto
 
 from export.manifest import Precision
 from model.config import ModelConfig
@@ -17,12 +18,27 @@ Signature: TypeAlias = dict[str, tuple[str, Axes]]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 
-INTEGER_OPERATORS = {"DynamicQuantizeLinear", "MatMulInteger", "DequantizeLinear"}
-"""What a graph of int8 weights has besides the float operators: all from the standard domain."""
+BYTES = {TensorProto.INT8, TensorProto.UINT8}
 
 
 def read(exported: Toy | Reversal, precision: str, graph: str, *, weights: bool = False) -> onnx.ModelProto:
     return onnx.load(exported.bundle / precision / f"{graph}.onnx", load_external_data=weights)
+
+
+def nodes(graph: onnx.GraphProto) -> Iterator[NodeProto]:
+    """Every node of a graph, those in the branches of an If among them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from nodes(attribute.g)
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and every branch in it."""
+    yield graph
+    for node in nodes(graph):
+        yield from (attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH)
 
 
 def keys_and_values(prefix: str, count: int, axes: Axes) -> Signature:
@@ -32,34 +48,38 @@ def keys_and_values(prefix: str, count: int, axes: Axes) -> Signature:
 def expected_inputs(graph: str, config: ModelConfig) -> Signature:
     source: Signature = {"source_mask": ("bool", ["batch", "source"])}
     if graph == "encoder":
-        return {"source_ids": ("int64", ["batch", "source"]), **source}
+        return {"source_ids": ("int64", ["batch", "source"]), **source, "want_encoder_attention": ("bool", [])}
     heads, width = config.heads, config.head_width
     return {
-        "target_ids": ("int64", ["row", "new"]),
-        "positions": ("int64", ["row", "new"]),
-        "state_rows": ("int64", ["row"]),
+        "target_ids": ("int64", ["batch", "query"]),
+        "positions": ("int64", ["batch", "query"]),
+        "new_visible": ("bool", ["batch", "query", "query"]),
+        "past_visible": ("bool", ["batch", "query", "past"]),
+        "next_ids": ("int64", ["batch", "query"]),
         **source,
         **keys_and_values("memory", config.decoder_layers, ["batch", heads, "source", width]),
-        **keys_and_values("state", config.decoder_layers, ["past_row", heads, "past", width]),
+        **keys_and_values("state", config.decoder_layers, ["batch", heads, "past", width]),
         "top": ("int64", [1]),
+        "want_cross_attention": ("bool", []),
+        "want_decoder_attention": ("bool", []),
     }
 
 
-def expected_outputs(graph: str, config: ModelConfig, vocabulary: int) -> Signature:
+def expected_outputs(graph: str, config: ModelConfig) -> Signature:
     heads, width = config.heads, config.head_width
     if graph == "encoder":
         return {
             **keys_and_values("memory", config.decoder_layers, ["batch", heads, "source", width]),
             "encoder_attention": ("float32", ["batch", config.encoder_layers, heads, "source", "source"]),
         }
-    attention: Axes = ["row", config.decoder_layers, heads, "new"]
+    attention: Axes = ["batch", config.decoder_layers, heads, "query"]
     return {
-        "log_probabilities": ("float32", ["row", "new", vocabulary]),
+        "top_log_probabilities": ("float32", ["batch", "query", "top"]),
+        "top_ids": ("int64", ["batch", "query", "top"]),
+        "next_log_probabilities": ("float32", ["batch", "query"]),
         "cross_attention": ("float32", [*attention, "source"]),
         "decoder_attention": ("float32", [*attention, "target"]),
-        **keys_and_values("next", config.decoder_layers, ["row", heads, "target", width]),
-        "top_log_probabilities": ("float32", ["row", "new", "top"]),
-        "top_ids": ("int64", ["row", "new", "top"]),
+        **keys_and_values("next", config.decoder_layers, ["batch", heads, "query", width]),
     }
 
 
@@ -82,10 +102,16 @@ def found(values: Any) -> list[tuple[str, tuple[str, Axes]]]:
 def test_inputs_and_outputs_are_named_and_so_are_their_axes(
     exported: Toy | Reversal, graph: str, precision: Precision
 ) -> None:
-    checkpoint = network(exported)
-    config, read_back = checkpoint.config.model, read(exported, precision, graph).graph
+    config, read_back = network(exported).config.model, read(exported, precision, graph).graph
     assert found(read_back.input) == list(expected_inputs(graph, config).items())
-    assert found(read_back.output) == list(expected_outputs(graph, config, len(checkpoint.target)).items())
+    assert found(read_back.output) == list(expected_outputs(graph, config).items())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_whole_vocabularies_do_not_leave_the_decoder(exported: Toy | Reversal, precision: Precision) -> None:
+    vocabulary = len(network(exported).target)
+    outputs = found(read(exported, precision, "decoder").graph.output)
+    assert [name for name, (_, axes) in outputs if vocabulary in axes] == []
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -114,10 +140,9 @@ def test_only_standard_operators_of_opset_18_are_used(
 ) -> None:
     model = read(exported, precision, graph)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
-    assert {node.domain for node in model.graph.node} == {""}
+    assert {node.domain for node in nodes(model.graph)} == {""}
     assert not model.functions
-    operators = {node.op_type for node in model.graph.node}
-    assert operators & INTEGER_OPERATORS == (INTEGER_OPERATORS if precision == "int8" else set())
+    operators = {node.op_type for node in nodes(model.graph)}
     assert {"MatMul", "Softmax", "Where"} <= operators  # attention stays explicit, and in float
 
 
@@ -125,8 +150,8 @@ def test_only_standard_operators_of_opset_18_are_used(
 @pytest.mark.parametrize("graph", ["encoder", "decoder"])
 def test_nothing_of_the_tracing_machine_is_left(exported: Toy | Reversal, graph: str, precision: Precision) -> None:
     model = read(exported, precision, graph)
-    assert [node.name for node in model.graph.node if node.doc_string or node.metadata_props] == []
-    assert not model.graph.metadata_props
+    assert [node.name for node in nodes(model.graph) if node.doc_string or node.metadata_props] == []
+    assert not any(graph.metadata_props or graph.doc_string for graph in graphs(model.graph))
     assert {entry.key for entry in model.metadata_props} <= {"onnx.infer"}  # the quantiser's signature
 
 
@@ -171,4 +196,24 @@ def test_int8_weights_take_a_quarter(reversal: Reversal, graph: str) -> None:
     full, small = (places(read(reversal, precision, graph)) for precision in PRECISIONS)
     sizes = [sum(length for _, length in stored) for stored in (full, small)]
     assert sizes[1] <= 0.27 * sizes[0], sizes
-    assert {tensor.data_type for tensor in small.values()} == {TensorProto.INT8}
+    assert {tensor.data_type for tensor in small.values()} <= BYTES
+
+
+@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+def test_int8_keeps_no_matrix_in_float(exported: Toy | Reversal, graph: str) -> None:
+    full, small = (read(exported, precision, graph, weights=True).graph for precision in PRECISIONS)
+    assert matrices(full)
+    assert matrices(small) == []
+    products = [node for node in nodes(small) if node.op_type in {"MatMul", "Gemm"}]
+    floats = {one.name for one in small.initializer if one.data_type == TensorProto.FLOAT}
+    assert [node.name for node in products if floats & set(node.input)] == []
+    assert sum(one.data_type in BYTES and len(one.dims) == 2 for one in small.initializer) >= len(matrices(full))
+
+
+def matrices(graph: onnx.GraphProto) -> list[str]:
+    """Float constants that are more than a vector."""
+    constants = [one for inner in graphs(graph) for one in inner.initializer]
+    constants += [attribute.t for node in nodes(graph) for attribute in node.attribute if attribute.HasField("t")]
+    return [
+        one.name for one in constants if one.data_type == TensorProto.FLOAT and sum(size > 1 for size in one.dims) > 1
+    ]

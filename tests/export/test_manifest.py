@@ -34,6 +34,21 @@ def moved(values: Values, path: str) -> None:
     values["files"][path] = values["files"]["fp32/encoder.onnx"]
 
 
+def in_rows(values: Values) -> None:
+    """The decoder's inputs are described as in format 1."""
+    decoder = values["graphs"]["fp32"]["decoder"]
+    decoder["inputs"] = [
+        {"name": "target_ids", "role": "target_ids", "dtype": "int64", "axes": ["row", "new"], "feeds": None},
+        {"name": "positions", "role": "positions", "dtype": "int64", "axes": ["row", "new"], "feeds": None},
+        {"name": "state_rows", "role": "state_rows", "dtype": "int64", "axes": ["row"], "feeds": None},
+    ]
+
+
+def format_1(values: Values) -> None:
+    in_rows(values)
+    values["format"] = 1
+
+
 WRONG: dict[str, tuple[Callable[[Values], object], str]] = {
     "unknown key": (lambda v: v.update(colour="red"), r"colour: Extra inputs are not permitted \(got 'red'\)"),
     "unknown key inside": (
@@ -50,9 +65,14 @@ WRONG: dict[str, tuple[Callable[[Values], object], str]] = {
         r"graphs\.fp8\.\[key\]: Input should be",
     ),
     "unknown family": (lambda v: v["attention"].update(sideways={"layers": 1, "heads": 1}), r"attention\.sideways"),
-    "older format": (lambda v: v.update(format=0), "format 0, this version reads 1: export the model again"),
-    "newer format": (lambda v: v.update(format=2, new={}), "format 2, this version reads 1: export the model again"),
-    "no format": (lambda v: v.pop("format"), "format None, this version reads 1: export the model again"),
+    "older format": (lambda v: v.update(format=0), "format 0, this version reads 2: export the model again"),
+    "newer format": (lambda v: v.update(format=3, new={}), "format 3, this version reads 2: export the model again"),
+    "no format": (lambda v: v.pop("format"), "format None, this version reads 2: export the model again"),
+    "format 1": (format_1, "format 1, this version reads 2: export the model again"),
+    "roles of format 1": (
+        in_rows,
+        r"graphs\.fp32\.decoder\.inputs\.2\.role: Input should be 'source_ids', .* \(got 'state_rows'\)",
+    ),
     "path up": (lambda v: moved(v, "../x"), r"'\.\./x' points out of the bundle"),
     "path up inside": (lambda v: moved(v, "fp32/../../x"), r"'fp32/\.\./\.\./x' points out of the bundle"),
     "absolute path": (lambda v: moved(v, "/etc/passwd"), "'/etc/passwd' points out of the bundle"),
@@ -90,7 +110,7 @@ def test_a_manifest_that_breaks_the_schema_is_refused(bundle: Path, what: str) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 1, "name": "x', "not JSON: Unterminated string"),
+        ('{"format": 2, "name": "x', "not JSON: Unterminated string"),
         ("", "not JSON: Expecting value"),
         (b'{"name": "\xff"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
         ("[1]", "config: Input should be a valid dictionary"),

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from export.graphs import ExampleSizes
 from export.manifest import Precision
 from export.verify import METRIC_LOSS, SHAPES, TOLERANCES, VerificationError, compare_values, verify
 from model.checkpoint import Checkpoint
 from model.errors import DataError
-from model.steps import Memory, Scores, Step
+from model.options import LARGEST_BEAM
+from model.steps import Array, Memory, Question, Step
 from model.torch_steps import TorchStepModel
 from tests.export.toy import network
 from tests.reversal import Reversal, pairs, parts
@@ -26,7 +28,7 @@ FIELDS = {name: name for name in TOLERANCES["fp32"]} | {"log_probabilities": "to
 STRINGS = parts()["validation"][:40]
 
 
-Found = TypeVar("Found", Memory, Step, Scores)
+Found = TypeVar("Found", Memory, Step)
 
 
 class Spoilt(TorchStepModel):
@@ -36,19 +38,30 @@ class Spoilt(TorchStepModel):
         super().__init__(checkpoint.model)
         self._output, self._change = output, change
 
-    def encode(self, *arguments: Any) -> Memory:
-        return self._spoil(super().encode(*arguments))
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
+        return self._spoil(super().encode(source_ids, source_mask, attention))
 
-    def step(self, *arguments: Any) -> Step:
-        return self._spoil(super().step(*arguments))
-
-    def score(self, *arguments: Any) -> Scores:
-        return self._spoil(super().score(*arguments))
+    def step(self, question: Question) -> Step:
+        return self._spoil(super().step(question))
 
     def _spoil(self, found: Found) -> Found:
-        if not hasattr(found, self._output):
+        values = getattr(found, self._output, None)
+        if values is None:
             return found
-        return dataclasses.replace(found, **{self._output: self._change(getattr(found, self._output))})
+        changed: Any = tuple(map(self._change, values)) if isinstance(values, tuple) else self._change(values)
+        return dataclasses.replace(found, **{self._output: changed})
+
+
+class Careless(TorchStepModel):
+    """The network's own steps, to a question of which one part is not heeded."""
+
+    def __init__(self, checkpoint: Checkpoint, part: str, instead: Callable[[Any], Any]) -> None:
+        super().__init__(checkpoint.model)
+        self._part, self._instead = part, instead
+
+    def step(self, question: Question) -> Step:
+        changed: dict[str, Any] = {self._part: self._instead(getattr(question, self._part))}
+        return super().step(dataclasses.replace(question, **changed))
 
 
 @pytest.fixture
@@ -67,10 +80,30 @@ def pruned(checkpoint: Checkpoint, share: float) -> TorchStepModel:
 
 
 def test_the_shapes_leave_no_axis_as_it_was_traced() -> None:
-    assert {shape.beam for shape in SHAPES} >= {1, 2, 4}
-    assert {max(shape.sources) for shape in SHAPES}.isdisjoint({5})
+    traced = ExampleSizes()
+    assert {shape.query for shape in SHAPES} >= {1, 4}
+    assert {shape.query for shape in SHAPES}.isdisjoint({traced.query})
+    assert {max(shape.sources) for shape in SHAPES}.isdisjoint({traced.source})
+    assert {shape.past for shape in SHAPES}.isdisjoint({traced.past})
     assert {len(shape.sources) for shape in SHAPES} >= {1, 3, 4}
-    assert any(sum(shape.news) > max(shape.news) > 1 for shape in SHAPES)
+
+
+def test_the_shapes_have_hypotheses_and_whole_targets_each_after_pasts_short_and_long(checkpoint: Checkpoint) -> None:
+    asked: list[Question] = []
+
+    class Listening(TorchStepModel):
+        def step(self, question: Question) -> Step:
+            asked.append(question)
+            return super().step(question)
+
+    model = Listening(checkpoint.model)
+    compare_values(model, model, checkpoint)
+    several = [one for one in asked if one.target_ids.shape[1] > 1]
+    alone = [one for one in several if (one.new_visible == np.eye(one.target_ids.shape[1], dtype=bool)).all()]
+    assert any(one.past_visible.shape[-1] > LARGEST_BEAM for one in alone)
+    assert any((one.new_visible == np.tri(one.target_ids.shape[1], dtype=bool)).all() for one in several)
+    assert all(one.past_visible.any() and not one.past_visible.all() for one in alone)
+    assert max(one.positions.max() for one in asked) > max(one.target_ids.shape[1] for one in asked) / 2
 
 
 def test_a_network_equals_itself(checkpoint: Checkpoint) -> None:
@@ -99,10 +132,56 @@ def test_a_difference_within_the_tolerance_is_reported(checkpoint: Checkpoint, o
     assert parity.equal == {"fp32": 2}
 
 
-def test_scores_are_compared_too(checkpoint: Checkpoint) -> None:
-    spoilt = Spoilt(checkpoint, "log_probabilities", lambda values: values - 1)
+def test_log_probabilities_of_given_tokens_are_compared_too(checkpoint: Checkpoint) -> None:
+    spoilt = Spoilt(checkpoint, "next_log_probabilities", lambda values: values - 1)
     with pytest.raises(VerificationError, match=r"fp32 log_probabilities by 1\.00e\+00"):
         verify(checkpoint, {"fp32": spoilt}, pairs(STRINGS[:2]))
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
+def test_a_spoilt_state_is_noticed_whichever_of_its_tensors_it_is(checkpoint: Checkpoint, part: int) -> None:
+    class Forgetful(TorchStepModel):
+        def step(self, question: Question) -> Step:
+            step = super().step(question)
+            state = tuple(tensor[:, :, ::-1] if index == part else tensor for index, tensor in enumerate(step.state))
+            return dataclasses.replace(step, state=state)
+
+    found = compare_values(TorchStepModel(checkpoint.model), Forgetful(checkpoint.model), checkpoint)
+    assert found.pop("state") > 100 * TOLERANCES["fp32"]["state"]
+    assert set(found.values()) == {0.0}
+
+
+UNHEEDED: dict[str, tuple[Callable[[Array], Array], str]] = {
+    "past_visible": (np.ones_like, "decoder_attention"),
+    "new_visible": (np.ones_like, "decoder_attention"),
+    "positions": (np.zeros_like, "log_probabilities"),
+    "next_ids": (np.zeros_like, "log_probabilities"),
+    "target_ids": (np.zeros_like, "log_probabilities"),
+}
+"""Parts of a question, what is taken in their place, and where it shows."""
+
+
+@pytest.mark.parametrize("part", UNHEEDED)
+def test_a_part_of_the_question_that_is_not_heeded_is_noticed(checkpoint: Checkpoint, part: str) -> None:
+    instead, output = UNHEEDED[part]
+    model = Careless(checkpoint, part, instead)
+    found = compare_values(TorchStepModel(checkpoint.model), model, checkpoint)
+    assert found[output] > 100 * TOLERANCES["fp32"][output]
+
+
+def test_padding_that_is_not_heeded_is_noticed(checkpoint: Checkpoint) -> None:
+    model = Careless(
+        checkpoint, "memory", lambda memory: dataclasses.replace(memory, source_mask=np.ones_like(memory.source_mask))
+    )
+    found = compare_values(TorchStepModel(checkpoint.model), model, checkpoint)
+    assert found["cross_attention"] > 100 * TOLERANCES["fp32"]["cross_attention"]
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder", "cross"])
+def test_attention_that_was_asked_for_must_come(checkpoint: Checkpoint, family: str) -> None:
+    silent = Spoilt(checkpoint, f"{family}_attention", lambda values: None)
+    with pytest.raises(VerificationError, match=r"^the export differs from the checkpoint: attention is missing$"):
+        verify(checkpoint, {"fp32": silent}, pairs(STRINGS[:2]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

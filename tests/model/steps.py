@@ -1,71 +1,112 @@
-"""A step model made of a seed instead of a network: every prefix has random log-probabilities of its own.
+"""Step models made of a seed instead of a network: every prefix has random log-probabilities of its own.
 
-Its "attention" tells where a row has been: the decoder's is the tokens read so far, the cross-attention's first head is
-the source and its second a number that only this prefix has. A column of padding comes first, as beside an older row.
+They know what a hypothesis has read only from what they are given, as a network would. Their "attention" tells where a
+row has been: the decoder's is the tokens read so far, the cross-attention's first head is the source and its second a
+number that only this prefix has.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any, TypeAlias
 
 import numpy as np
 
-from model.steps import Memory, Scores, Step
-from model.tokenizer import BEGIN, END
+from model.steps import Array, Kept, Memory, Question, Step
+from model.tokenizer import BEGIN, END, PAD
 
-Array: TypeAlias = np.ndarray[Any, Any]
-Prefix: TypeAlias = tuple[int, ...]
+Prefix = tuple[int, ...]
 
 
 class SeedModel:
-    """Says END or one of some words, as the seed will have it.
+    """Says END or one of some words, as the seed will have it. Of its past it keeps each token and its position.
 
     Args:
         words: how many other tokens there are, from id 4.
         seed: another seed, another language.
         end: added to the score of END before the softmax.
+        unwritable: score of the padding and begin tokens, which are impossible by default.
     """
 
-    def __init__(self, words: int, seed: int = 0, end: float = 0.0) -> None:
-        self.vocabulary = np.array([END, *range(4, 4 + words)])
-        self._seed, self._end = seed, end
+    def __init__(self, words: int, seed: int = 0, end: float = 0.0, unwritable: float = -math.inf) -> None:
+        self.memory: Sequence[Kept] = [(1, "source"), ()]
+        self.state: Sequence[Kept] = [(2, "past")]
+        self.vocabulary = 4 + words
+        self.words = list(range(4, 4 + words))
+        self._seed, self._end, self._unwritable = seed, end, unwritable
+        self.known: dict[tuple[Prefix, Prefix], dict[int, float]] = {}
+        """What it was asked, and said."""
         self.widths: list[int] = []
         """Sentences in each step's batch."""
+        self.shapes: list[tuple[int, int]] = []
+        """Columns of the past and of the source in each step."""
 
     def next_log_probabilities(self, source: Prefix, prefix: Prefix) -> dict[int, float]:
-        """Of each token, after the begin token and others."""
-        scores = np.random.default_rng([self._seed, *source, 0, *prefix]).normal(0, 1.5, len(self.vocabulary))
-        scores[0] += self._end
-        return dict(zip(self.vocabulary.tolist(), (scores - np.log(np.exp(scores).sum())).tolist(), strict=True))
+        """Of each token, after the begin token and others; best first."""
+        if (source, prefix) not in self.known:
+            scores = np.random.default_rng([self._seed, *source, 0, *prefix]).normal(0, 1.5, 1 + len(self.words))
+            scores[0] += self._end
+            scores = np.append(scores, [self._unwritable] * 2)
+            values = (scores - np.log(np.exp(scores).sum())).tolist()
+            ranked = sorted(zip(values, [END, *self.words, PAD, BEGIN], strict=True), reverse=True)
+            self.known[source, prefix] = {token: value for value, token in ranked}
+        return self.known[source, prefix]
 
-    def encode(self, source_ids: Array, source_mask: Array) -> Memory:
-        return Memory(source_ids, source_mask, np.zeros((*source_ids.shape[:1], 1, 1, *source_ids.shape[1:] * 2)))
+    def cross(self, source: Sequence[int], prefix: Sequence[int]) -> Array:
+        """Attention of a new position: layer, head, source."""
+        return np.array([[source, [stamp(prefix)] * len(source)]], np.float64)
 
-    def select(self, memory: Memory, sentences: Array) -> Memory:
-        return Memory(memory.tensors[sentences], memory.source_mask[sentences], memory.encoder_attention)
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
+        weights = np.zeros((len(source_ids), 1, 1, *source_ids.shape[1:] * 2)) if attention else None
+        return Memory((source_ids[:, None], source_mask.sum(1)), source_mask, weights)
 
-    def step(
-        self, target_ids: Array, positions: Array, memory: Memory, state: Any, state_rows: Array, top: int
-    ) -> Step:
-        past = [()] * len(target_ids) if state is None else [state[row] for row in state_rows]
-        prefixes = [(*before, int(new)) for before, (new,) in zip(past, target_ids, strict=True)]
-        assert positions[:, 0].tolist() == [len(prefix) - 1 for prefix in prefixes]
-        self.widths.append(len(memory.source_mask))
-        sources = _sources(memory, len(prefixes))
-        ranked = [_ranked(self.next_log_probabilities(*row))[:top] for row in zip(sources, prefixes, strict=True)]
+    def step(self, question: Question) -> Step:
+        (ids, lengths), mask = question.memory.tensors, question.memory.source_mask
+        assert mask.sum(1).tolist() == lengths.tolist(), "what is kept of a source moves with it"
+        assert 1 <= question.top <= self.vocabulary
+        self.widths.append(len(mask))
+        self.shapes.append((question.past_visible.shape[2], mask.shape[1]))
+        prefixes = self.prefixes(question)
+        sources = [tuple(row[0, real].tolist()) for row, real in zip(ids, mask, strict=True)]
+        found = [
+            [self.next_log_probabilities(source, prefix) for prefix in row]
+            for source, row in zip(sources, prefixes, strict=True)
+        ]
+        ranked = np.array([[self._ranked(one)[: question.top] for one in row] for row in found])
         return Step(
-            np.array([[[value for value, _ in row]] for row in ranked]),
-            np.array([[[token for _, token in row]] for row in ranked]),
-            np.stack(
-                [cross_row(ids, prefix) for ids, prefix in zip(_padded(memory, len(prefixes)), prefixes, strict=True)]
+            top_log_probabilities=ranked[..., 0],
+            top_ids=ranked[..., 1].astype(np.int64),
+            next_log_probabilities=np.array(
+                [
+                    [one.get(wanted, -math.inf) for one, wanted in zip(row, next_ids, strict=True)]
+                    for row, next_ids in zip(found, question.next_ids.tolist(), strict=True)
+                ]
             ),
-            np.array([(-1, *prefix) for prefix in prefixes], np.float64)[:, None, None, None, :],
-            prefixes,
+            cross_attention=self._cross_attention(sources, prefixes, mask) if "cross" in question.attention else None,
+            decoder_attention=self.decoder_attention(question) if "decoder" in question.attention else None,
+            state=self.remembered(question, prefixes),
         )
 
-    def score(self, target_ids: Array, next_ids: Array, memory: Memory) -> Scores:
-        raise NotImplementedError
+    def prefixes(self, question: Question) -> list[list[Prefix]]:
+        """What each new position has read, itself last."""
+        seen = np.concatenate((question.past_visible, question.new_visible), 2)
+        tokens, positions = _columns(question)
+        found = []
+        for sentence, rows in enumerate(seen):
+            found.append([_in_order(tokens[sentence, row], positions[sentence, row]) for row in rows])
+            lengths = [len(prefix) for prefix in found[-1]]
+            assert lengths == (question.positions[sentence] + 1).tolist(), "a row sees all that it has read"
+            assert [prefix[-1] for prefix in found[-1]] == question.target_ids[sentence].tolist()
+        return found
+
+    def decoder_attention(self, question: Question) -> Array | None:
+        """Tokens in the columns that a row sees."""
+        seen = np.concatenate((question.past_visible, question.new_visible), 2)
+        return np.where(seen, _columns(question)[0][:, None], 0.0)[:, None, None]
+
+    def remembered(self, question: Question, prefixes: list[list[Prefix]]) -> tuple[Array, ...]:  # noqa: ARG002
+        """What to keep of the new positions."""
+        return (np.stack((question.target_ids, question.positions), 1).astype(np.float32),)
 
     def forced(self, source: Sequence[int], tokens: Sequence[int]) -> list[float]:
         """Log-probability of each token of an answer."""
@@ -76,10 +117,62 @@ class SeedModel:
 
     def answers(self, longest: int) -> Iterator[list[int]]:
         """Every answer there is."""
-        words = self.vocabulary[1:].tolist()
         for length in range(longest):
-            yield from ([*answer, END] for answer in product(words, repeat=length))
-        yield from map(list, product(words, repeat=longest))
+            yield from ([*answer, END] for answer in product(self.words, repeat=length))
+        yield from map(list, product(self.words, repeat=longest))
+
+    def _ranked(self, log_probabilities: dict[int, float]) -> list[tuple[float, int]]:
+        missing = [token for token in range(self.vocabulary) if token not in log_probabilities]
+        return [(value, token) for token, value in log_probabilities.items()] + [(-math.inf, one) for one in missing]
+
+    def _cross_attention(self, sources: list[Prefix], prefixes: list[list[Prefix]], mask: Array) -> Array:
+        rows = [[self.cross(source, prefix) for prefix in row] for source, row in zip(sources, prefixes, strict=True)]
+        weights = np.zeros((len(mask), *rows[0][0].shape[:2], len(prefixes[0]), mask.shape[1]))
+        for sentence, row in enumerate(rows):
+            weights[sentence, ..., : len(sources[sentence])] = np.stack(row, 2)
+        return weights
+
+
+class RowModel(SeedModel):
+    """Keeps what each row has read in a fixed space of its own, as a recurrent network does; it has no self-attention.
+
+    Args:
+        words: how many other tokens there are, from id 4.
+        seed: another seed, another language.
+        end: added to the score of END before the softmax.
+        room: most tokens that a row can read.
+    """
+
+    def __init__(self, words: int, seed: int = 0, end: float = 0.0, room: int = 64) -> None:
+        super().__init__(words, seed, end)
+        self.state = [("row", room), (1, "row")]
+
+    def prefixes(self, question: Question) -> list[list[Prefix]]:
+        read, counts = question.state
+        found = []
+        for sentence, new in enumerate(question.target_ids.tolist()):
+            known = [
+                tuple(row[: int(count)].astype(int).tolist())
+                for row, count in zip(read[sentence], counts[sentence, 0], strict=True)
+            ]
+            if len(known) == len(new):
+                found.append([(*before, token) for before, token in zip(known, new, strict=True)])
+            else:
+                found.append([(*known[0], *new[: index + 1]) for index in range(len(new))])
+            lengths = [len(prefix) for prefix in found[-1]]
+            assert lengths == (question.positions[sentence] + 1).tolist(), "a row goes on from its parent"
+        return found
+
+    def decoder_attention(self, question: Question) -> Array | None:  # noqa: ARG002
+        return None
+
+    def remembered(self, question: Question, prefixes: list[list[Prefix]]) -> tuple[Array, ...]:
+        read, counts = np.zeros_like(question.state[0]), np.zeros_like(question.state[1])
+        for sentence, row in enumerate(prefixes):
+            for index, prefix in enumerate(row[-read.shape[1] :]):
+                read[sentence, index, : len(prefix)] = prefix
+                counts[sentence, 0, index] = len(prefix)
+        return read, counts
 
 
 def stamp(prefix: Sequence[int]) -> float:
@@ -87,19 +180,14 @@ def stamp(prefix: Sequence[int]) -> float:
     return zlib.crc32(bytes(prefix)) / 2**32
 
 
-def cross_row(source: Array, prefix: Sequence[int]) -> Array:
-    """What `SeedModel` says of one new position: layer, head, new, source."""
-    return np.stack([source.astype(np.float64), np.full(len(source), stamp(prefix))])[None, :, None, :]
+def _columns(question: Question) -> tuple[Array, Array]:
+    """Tokens and positions in the columns of the past and of the new."""
+    tokens = np.concatenate((question.state[0][:, 0], question.target_ids), 1)
+    positions = np.concatenate((question.state[0][:, 1], question.positions), 1)
+    return tokens.astype(np.int64), positions.astype(np.int64)
 
 
-def _ranked(log_probabilities: dict[int, float]) -> list[tuple[float, int]]:
-    return sorted(((value, token) for token, value in log_probabilities.items()), reverse=True)
-
-
-def _padded(memory: Memory, rows: int) -> Array:
-    return np.repeat(memory.tensors, rows // len(memory.tensors), 0)
-
-
-def _sources(memory: Memory, rows: int) -> list[Prefix]:
-    masks = np.repeat(memory.source_mask, rows // len(memory.tensors), 0)
-    return [tuple(ids[mask].tolist()) for ids, mask in zip(_padded(memory, rows), masks, strict=True)]
+def _in_order(tokens: Array, positions: Array) -> Prefix:
+    order = np.argsort(positions, kind="stable")
+    assert positions[order].tolist() == list(range(len(order))), "a row sees one token at each position"
+    return tuple(tokens[order].tolist())

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, CrossAttention, SelfAttention, attention_weights, merge_heads, split_heads
+from model.attention import (
+    Attention,
+    CrossAttention,
+    SelfAttention,
+    attention_weights,
+    hide,
+    merge_heads,
+    split_heads,
+)
 
 Vector = list[float]
 Matrix = list[Vector]
@@ -38,7 +46,7 @@ def affine(x: Matrix, weight: Matrix, bias: Vector) -> Matrix:
 def softmax(scores: Vector, visible: list[bool]) -> Vector:
     powers = [math.exp(score) if seen else 0.0 for score, seen in zip(scores, visible, strict=True)]
     total = math.fsum(powers)
-    return [power / total if total else 0.0 for power in powers]
+    return [power / total if total else 1 / len(scores) for power in powers]
 
 
 def weights_by_loops(query: Matrix, key: Matrix, visible: Mask) -> Matrix:
@@ -128,7 +136,7 @@ def test_weights_follow_equation_1(mask: str, dtype: torch.dtype) -> None:
         [weights_by_loops(query[row, head].tolist(), key[row, head].tolist(), seen[row]) for head in range(HEADS)]
         for row in range(BATCH)
     ]
-    assert_near(attention_weights(query, key, visible), expected, "weights")
+    assert_near(attention_weights(query, key, hide(visible, dtype)), expected, "weights")
 
 
 @pytest.mark.parametrize("mask", masks(QUERIES, QUERIES))
@@ -137,7 +145,7 @@ def test_self_attention_is_what_the_loops_compute(mask: str, dtype: torch.dtype)
     filled(attention, dtype)
     x, visible = randn(BATCH, QUERIES, D_MODEL, dtype=dtype), masks(QUERIES, QUERIES)[mask]
     seen = visible.expand(BATCH, 1, QUERIES, QUERIES)[:, 0].tolist()
-    output, weights = attention.attend(*attention.project(x), visible)
+    output, weights = attention.attend(*attention.project(x), hide(visible, dtype))
     expected = []
     for row in range(BATCH):
         query, key, value = (affine(x[row].tolist(), *part(attention.query_key_value, index)) for index in range(3))
@@ -153,7 +161,9 @@ def test_cross_attention_is_what_the_loops_compute(mask: str, dtype: torch.dtype
     x, encoded = randn(BATCH, QUERIES, D_MODEL, dtype=dtype), randn(BATCH, KEYS, D_MODEL, dtype=dtype)
     visible = masks(QUERIES, KEYS)[mask]
     seen = visible.expand(BATCH, 1, QUERIES, KEYS)[:, 0].tolist()
-    output, weights = attention.attend(attention.project_query(x), *attention.project_memory(encoded), visible)
+    output, weights = attention.attend(
+        attention.project_query(x), attention.project_memory(encoded), hide(visible, dtype)
+    )
     expected = []
     for row in range(BATCH):
         query = affine(x[row].tolist(), *plain(attention.query))
@@ -163,35 +173,67 @@ def test_cross_attention_is_what_the_loops_compute(mask: str, dtype: torch.dtype
     assert_near(weights, [row[1] for row in expected], "weights")
 
 
+@pytest.mark.parametrize("past", [1, 3])
+@pytest.mark.parametrize("mask", masks(QUERIES, KEYS))
+def test_keys_of_the_past_are_looked_at_like_the_others(mask: str, past: int, dtype: torch.dtype) -> None:
+    query, key = randn(BATCH, HEADS, QUERIES, WIDTH, dtype=dtype), randn(BATCH, HEADS, KEYS, WIDTH, dtype=dtype)
+    hidden = hide(masks(QUERIES, KEYS)[mask], dtype)
+    apart = attention_weights(query, key[..., past:, :], hidden, key[..., :past, :])
+    together = attention_weights(query, key, hidden)
+    torch.testing.assert_close(apart, together, rtol=0, atol=AGAINST_LOOPS["weights", dtype])
+
+
+@pytest.mark.parametrize("mask", masks(QUERIES, KEYS))
+def test_self_attention_after_a_past_is_what_the_loops_compute(mask: str, dtype: torch.dtype) -> None:
+    attention = SelfAttention(D_MODEL, HEADS, dropout=0.0)
+    filled(attention, dtype)
+    x, visible = randn(BATCH, KEYS, D_MODEL, dtype=dtype), masks(QUERIES, KEYS)[mask]
+    seen = visible.expand(BATCH, 1, QUERIES, KEYS)[:, 0].tolist()
+    (_, past), (query, new) = attention.project(x[:, : KEYS - QUERIES]), attention.project(x[:, KEYS - QUERIES :])
+    output, weights = attention.attend(query, new, hide(visible, dtype), past)
+    expected = []
+    for row in range(BATCH):
+        asked, key, value = (affine(x[row].tolist(), *part(attention.query_key_value, index)) for index in range(3))
+        expected.append(attend_by_loops(asked[KEYS - QUERIES :], key, value, seen[row], attention.output))
+    assert_near(output, [row[0] for row in expected], "output")
+    assert_near(weights, [row[1] for row in expected], "weights")
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0], ids=["moderate", "large scores"])
 @pytest.mark.parametrize("precision", SUM_OF_ROW, ids=str)
 def test_rows_sum_to_1_over_what_is_visible_and_are_0_elsewhere(precision: torch.dtype, scale: float) -> None:
     query, key = randn(BATCH, HEADS, QUERIES, WIDTH, dtype=precision), randn(BATCH, HEADS, KEYS, WIDTH, dtype=precision)
     visible = hide_some(QUERIES, KEYS)
-    weights = attention_weights(query * scale, key, visible)
+    weights = attention_weights(query * scale, key, hide(visible, precision))[..., :-1, :]
+    visible = visible[..., :-1, :]
     sums = weights.double().sum(-1)
-    expected = visible.any(-1).double().expand(sums.shape)
-    torch.testing.assert_close(sums, expected, rtol=0, atol=SUM_OF_ROW[precision])
+    torch.testing.assert_close(sums, visible.any(-1).double().expand(sums.shape), rtol=0, atol=SUM_OF_ROW[precision])
     hidden = ~visible.expand(weights.shape)
     assert hidden.any()
     assert weights[hidden].count_nonzero() == 0
 
 
-def test_a_query_that_sees_nothing_gets_zeros_and_harmless_gradients() -> None:
-    query = randn(BATCH, HEADS, QUERIES, WIDTH, dtype=torch.float32).requires_grad_()
-    weights = attention_weights(query, query, hide_some(QUERIES, QUERIES))
-    assert weights[..., -1, :].count_nonzero() == 0
+@pytest.mark.parametrize("precision", SUM_OF_ROW, ids=str)
+def test_a_query_that_sees_nothing_gets_numbers_and_harmless_gradients(precision: torch.dtype) -> None:
+    query = randn(BATCH, HEADS, QUERIES, WIDTH, dtype=precision).requires_grad_()
+    weights = attention_weights(query, query, hide(hide_some(QUERIES, QUERIES), precision))
+    assert weights.isfinite().all()
+    if precision in {torch.float32, torch.float64}:
+        assert torch.equal(weights[..., -1, :], torch.full_like(weights[..., -1, :], 1 / QUERIES))
     (gradient,) = torch.autograd.grad(weights.square().sum(), query)
     assert gradient.isfinite().all()
     assert gradient[..., 0, :].count_nonzero() > 0
 
 
-def test_hidden_keys_leave_no_trace() -> None:
+@pytest.mark.parametrize("junk", [1e6, -1e6])
+def test_hidden_keys_leave_no_trace(junk: float) -> None:
     query, key = (randn(BATCH, HEADS, n, WIDTH, dtype=torch.float32) for n in (QUERIES, KEYS))
     visible = masks(QUERIES, KEYS)["padding"]
-    junk = torch.where(visible[..., 0, :, None], key, torch.full_like(key, 1e6))
-    assert not torch.equal(junk, key)
-    assert torch.equal(attention_weights(query, junk, visible), attention_weights(query, key, visible))
+    hidden, spoiled = hide(visible), torch.where(visible[..., 0, :, None], key, torch.full_like(key, junk))
+    assert not torch.equal(spoiled, key)
+    assert torch.equal(attention_weights(query, spoiled, hidden), attention_weights(query, key, hidden))
+    apart = attention_weights(query, spoiled[..., 3:, :], hidden, spoiled[..., :3, :])
+    assert torch.equal(apart, attention_weights(query, key[..., 3:, :], hidden, key[..., :3, :]))
 
 
 def test_heads_are_consecutive_slices_of_the_width() -> None:
@@ -209,7 +251,7 @@ def test_dropout_touches_the_output_in_training_and_never_the_returned_weights(t
     certain.load_state_dict(attention.state_dict())
     attention.train(training)
     x, visible = randn(BATCH, QUERIES, D_MODEL, dtype=torch.float32), masks(QUERIES, QUERIES)["causal"]
-    output, weights = attention.attend(*attention.project(x), visible)
-    expected_output, expected_weights = certain.attend(*certain.project(x), visible)
+    output, weights = attention.attend(*attention.project(x), hide(visible))
+    expected_output, expected_weights = certain.attend(*certain.project(x), hide(visible))
     assert torch.equal(weights, expected_weights)
     assert torch.equal(output, expected_output) != training

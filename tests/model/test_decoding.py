@@ -1,15 +1,14 @@
 """Decoding from a cache: in steps, at different ages, after forced prefixes and with beams, it is one function."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from model.layers import KeyValue
-from model.transformer import Decoded, Encoded, Output, Transformer, target_visible
+from model import steps
+from model.attention import KeyValue
+from model.transformer import Decoded, Encoded, Output, Transformer, causal
 from tests.model.toy import small_batch, small_transformer
 
 TOLERANCES = {"logits": 1e-5, "decoder": 1e-6, "cross": 1e-6}
@@ -17,7 +16,7 @@ TOLERANCES = {"logits": 1e-5, "decoder": 1e-6, "cross": 1e-6}
 
 LENGTH = 6
 JUNK = 1e4
-"""Finite rubbish in the cache's padding, far larger than any key or value."""
+"""Finite rubbish in columns that a row does not see, far larger than any key or value."""
 
 
 class Prepared(NamedTuple):
@@ -42,12 +41,26 @@ def select(caches: list[KeyValue], rows: Tensor) -> list[KeyValue]:
 
 
 def step(
-    prepared: Prepared, rows: Tensor, ids: Tensor, first: Tensor | int, past: list[KeyValue] | None = None
+    prepared: Prepared,
+    rows: Tensor,
+    ids: Tensor,
+    first: Tensor | int,
+    past: list[KeyValue] | None = None,
+    past_visible: Tensor | None = None,
 ) -> Decoded:
     """Read `ids`, of which each row's first stands at position `first`, for some of the sentences."""
     positions = torch.as_tensor(first).expand(len(rows))[:, None] + torch.arange(ids.shape[1])
-    memory = select(prepared.encoded.memory, rows)
-    decoded: Decoded = prepared.model.decoder(ids, positions, memory, prepared.source_mask[rows], past)
+    if past is not None and past_visible is None:
+        past_visible = torch.ones(len(rows), past[0].key.shape[2], dtype=torch.bool)
+    decoded: Decoded = prepared.model.decoder(
+        ids,
+        positions,
+        select(prepared.encoded.memory, rows),
+        prepared.source_mask[rows],
+        causal(ids.shape[1]).expand(len(rows), -1, -1),
+        past,
+        None if past_visible is None else past_visible[:, None].expand(-1, ids.shape[1], -1),
+    )
     return decoded
 
 
@@ -57,16 +70,17 @@ def assert_near(what: str, actual: Tensor, expected: Tensor) -> None:
     )
 
 
-def assert_same_step(actual: Decoded, expected: Decoded, row: int, queries: slice = slice(None)) -> None:
-    """One row of a batch, at some of its queries, is what it is alone; padded keys on its left are exactly zero."""
-    one = slice(row, row + 1)
-    assert_near("logits", actual.logits[one, queries], expected.logits)
+def assert_same_step(actual: Decoded, expected: Decoded, row: int, queries: Tensor, columns: Tensor) -> None:
+    """One row of a batch, at some of its queries, is what it is alone; what it does not see is exactly zero."""
+    assert_near("logits", actual.logits[row, queries], expected.logits[0])
     for mine, alone in zip(actual.decoder_attention, expected.decoder_attention, strict=True):
-        padding = mine.shape[-1] - alone.shape[-1]
-        assert_near("decoder", mine[one, :, queries, padding:], alone)
-        assert mine[one, :, queries, :padding].count_nonzero() == 0
+        weights = mine[row, :, queries]
+        assert_near("decoder", weights[..., columns], alone[0])
+        others = torch.ones(weights.shape[-1], dtype=torch.bool)
+        others[columns] = False
+        assert weights[..., others].count_nonzero() == 0
     for mine, alone in zip(actual.cross_attention, expected.cross_attention, strict=True):
-        assert_near("cross", mine[one, :, queries], alone)
+        assert_near("cross", mine[row, :, queries], alone[0])
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (3, 1, 2), (1, 5), (6,)], ids=str)
@@ -81,10 +95,9 @@ def test_steps_from_a_cache_equal_one_pass(prepared: Prepared, sizes: tuple[int,
             assert_near("decoder", mine, full[:, :, start:end, :end])
         for mine, full in zip(decoded.cross_attention, whole.cross_attention, strict=True):
             assert_near("cross", mine, full[:, :, start:end])
-        start, past = end, decoded.state
+        assert [new.key.shape[2] for new in decoded.state] == [size] * len(whole.cross_attention)
+        start, past = end, lengthened(decoded.state, past)
     assert start == LENGTH
-    assert past is not None
-    assert [cache.key.shape[2] for cache in past] == [LENGTH] * len(whole.cross_attention)
 
 
 def alone_at_age(prepared: Prepared, row: int, age: int, new: int) -> Decoded:
@@ -94,85 +107,145 @@ def alone_at_age(prepared: Prepared, row: int, age: int, new: int) -> Decoded:
     return step(prepared, rows, ids[:, age : age + new], age, past)
 
 
-def right_aligned(states: list[list[KeyValue]], ages: tuple[int, ...]) -> list[KeyValue]:
-    """The first positions of each row's state, as old as it is, in one batch with junk before the younger ones."""
-    longest = max(ages)
+def scattered(states: list[list[KeyValue]], places: list[Tensor], size: int) -> list[KeyValue]:
+    """The first positions of each row's state, each in a column of its own, in one batch with junk in the others."""
 
-    def batch(tensors: Iterable[Tensor]) -> Tensor:
-        padded = (
-            pad(x[:, :, :age], (0, 0, longest - age, 0), value=JUNK) for x, age in zip(tensors, ages, strict=True)
-        )
-        return torch.cat(list(padded))
+    def batch(tensors: list[Tensor]) -> Tensor:
+        heads, _, width = tensors[0].shape[1:]
+        wide = torch.full((len(tensors), heads, size, width), JUNK)
+        for row, (tensor, columns) in enumerate(zip(tensors, places, strict=True)):
+            wide[row, :, columns] = tensor[0, :, : len(columns)]
+        return wide
 
     layers = zip(*states, strict=True)
-    return [KeyValue(batch(row.key for row in layer), batch(row.value for row in layer)) for layer in layers]
+    return [KeyValue(batch([row.key for row in layer]), batch([row.value for row in layer])) for layer in layers]
+
+
+def visible_at(places: list[Tensor], size: int) -> Tensor:
+    visible = torch.zeros(len(places), size, dtype=torch.bool)
+    for row, columns in enumerate(places):
+        visible[row, columns] = True
+    return visible
 
 
 @pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("size", [4, 7])
 @pytest.mark.parametrize("ages", [(0, 1, 4), (4, 2, 1), (3, 3, 3)], ids=str)
-def test_rows_of_different_ages_share_a_batch(prepared: Prepared, ages: tuple[int, ...], new: int) -> None:
+def test_rows_of_different_ages_share_a_batch(prepared: Prepared, ages: tuple[int, ...], size: int, new: int) -> None:
+    generator = torch.Generator().manual_seed(6)
     alone = [alone_at_age(prepared, row, age, new) for row, age in enumerate(ages)]
-    past = right_aligned([decoded.state for decoded in alone], ages)
+    places = [torch.randperm(size, generator=generator)[:age] for age in ages]
+    befores = [step(prepared, torch.tensor([row]), prepared.target_ids[row : row + 1, :4], 0) for row in range(3)]
+    past = scattered([before.state for before in befores], places, size)
     ids = torch.stack([prepared.target_ids[row, age : age + new] for row, age in enumerate(ages)])
-    together = step(prepared, torch.arange(3), ids, torch.tensor(ages), past)
+    together = step(prepared, torch.arange(3), ids, torch.tensor(ages), past, visible_at(places, size))
     for row, expected in enumerate(alone):
-        assert_same_step(together, expected, row)
+        columns = torch.cat((places[row], size + torch.arange(new)))
+        assert_same_step(together, expected, row, torch.arange(new), columns)
 
 
+def arranged(order: str, length: int, room: int) -> Tensor:
+    """Columns in which the tokens of a prefix lie, where there is room for longer ones."""
+    if order == "shuffled":
+        return torch.randperm(room, generator=torch.Generator().manual_seed(length))[:length]
+    return torch.arange(length) + (room - length if order == "left" else 0)
+
+
+@pytest.mark.parametrize("padded", ["left", "right", "shuffled"])
 @pytest.mark.parametrize("lengths", [(1, 3, 4), (4, 4, 2)], ids=str)
-def test_forced_prefixes_of_different_lengths_share_a_batch(prepared: Prepared, lengths: tuple[int, ...]) -> None:
+def test_forced_prefixes_of_different_lengths_share_a_batch(
+    prepared: Prepared, lengths: tuple[int, ...], padded: str
+) -> None:
     longest, rows = max(lengths), torch.arange(3)
-    ids = torch.stack(
-        [
-            torch.cat((torch.zeros(longest - length, dtype=torch.long), prepared.target_ids[row, :length]))
-            for row, length in enumerate(lengths)
-        ]
-    )
-    prefix = step(prepared, rows, ids, torch.tensor(lengths) - longest)
+    places = [arranged(padded, length, longest) for length in lengths]
+    ids, positions = torch.zeros(3, longest, dtype=torch.long), torch.zeros(3, longest, dtype=torch.long)
+    new_visible = torch.eye(longest, dtype=torch.bool)[None].repeat(3, 1, 1)
+    for row, columns in enumerate(places):
+        ids[row, columns] = prepared.target_ids[row, : len(columns)]
+        positions[row, columns] = torch.arange(len(columns))
+        new_visible[row, columns[:, None], columns] = causal(len(columns))[0]
+    prefix = prepared.model.decoder(ids, positions, prepared.encoded.memory, prepared.source_mask, new_visible)
     next_ids = torch.stack([prepared.target_ids[row, length : length + 1] for row, length in enumerate(lengths)])
-    following = step(prepared, rows, next_ids, torch.tensor(lengths), prefix.state)
-    for row, length in enumerate(lengths):
-        alone = step(prepared, rows[row : row + 1], ids[row : row + 1, longest - length :], 0)
-        assert_same_step(prefix, alone, row, slice(longest - length, None))
-        for weights in prefix.decoder_attention:
-            assert weights[row, :, : longest - length].count_nonzero() == 0
-        after = step(prepared, rows[row : row + 1], next_ids[row : row + 1], length, alone.state)
-        assert_same_step(following, after, row)
+    following = step(prepared, rows, next_ids, torch.tensor(lengths), prefix.state, visible_at(places, longest))
+    for row, (length, columns) in enumerate(zip(lengths, places, strict=True)):
+        one = rows[row : row + 1]
+        alone = step(prepared, one, prepared.target_ids[one, :length], 0)
+        assert_same_step(prefix, alone, row, columns, columns)
+        after = step(prepared, one, next_ids[one], length, alone.state)
+        assert_same_step(following, after, row, torch.tensor([0]), torch.cat((columns, torch.tensor([longest]))))
+
+
+def by_beam(tensor: Tensor, beams: int) -> Tensor:
+    """Queries of all beams of a sentence, as rows: batch * beam, ..., new."""
+    return torch.unflatten(tensor, -1, (beams, -1)).movedim(-2, 1).flatten(0, 1)
 
 
 @pytest.mark.parametrize("beams", [1, 2, 4])
 @pytest.mark.parametrize("new", [1, 3])
-def test_beams_look_at_one_memory_as_at_copies_of_it(prepared: Prepared, beams: int, new: int) -> None:
+def test_beams_are_queries_of_one_sentence_as_they_are_rows_of_copies(prepared: Prepared, beams: int, new: int) -> None:
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, 13, (3 * beams, 2 + new), generator=generator)
-    copies = torch.arange(3).repeat_interleave(beams)
-    past_shared, past_copied = None, None
-    for part in (slice(0, 2), slice(2, None)):
-        positions = torch.arange(2 + new)[None, part].expand(3 * beams, -1)
+    copies, among = (
+        torch.arange(3).repeat_interleave(beams),
+        torch.kron(torch.eye(beams), causal(new)[0].float()).bool(),
+    )
+    visible = torch.zeros(3, beams, 0, dtype=torch.bool)
+    shared: Decoded | None = None
+    copied: Decoded | None = None
+    kept: list[KeyValue] | None = None
+    for first in range(0, 4 * new, new):
+        parents = torch.randint(beams, (3, beams), generator=generator)
+        ids = torch.randint(1, 13, (3, beams * new), generator=generator)
+        visible = visible.gather(1, parents[..., None].expand_as(visible))
         shared = prepared.model.decoder(
-            ids[:, part], positions, prepared.encoded.memory, prepared.source_mask, past_shared
+            ids,
+            (first + torch.arange(new)).repeat(3, beams),
+            prepared.encoded.memory,
+            prepared.source_mask,
+            among.expand(3, -1, -1),
+            kept,
+            visible.repeat_interleave(new, 1) if kept else None,
         )
-        copied = step(prepared, copies, ids[:, part], part.start, past_copied)
-        past_shared, past_copied = shared.state, copied.state
-        assert_near("logits", shared.logits, copied.logits)
-        for mine, theirs in zip(shared.cross_attention, copied.cross_attention, strict=True):
-            assert_near("cross", mine, theirs)
-        for mine, theirs in zip(shared.decoder_attention, copied.decoder_attention, strict=True):
-            assert_near("decoder", mine, theirs)
+        followed = (torch.arange(3)[:, None] * beams + parents).flatten()
+        own = None if copied is None else select(lengthened(copied.state, None), followed)
+        copied = step(prepared, copies, by_beam(ids, beams), first, own)
+        copied = copied._replace(state=lengthened(copied.state, own))
+        assert_beams_alike(shared, copied, beams, visible)
+        kept = lengthened(shared.state, kept)
+        fresh = torch.eye(beams, dtype=torch.bool).repeat_interleave(new, 1)
+        visible = torch.cat((visible, fresh.expand(3, -1, -1)), -1)
+
+
+def lengthened(state: list[KeyValue], past: list[KeyValue] | None) -> list[KeyValue]:
+    if past is None:
+        return state
+    return [
+        KeyValue(torch.cat((old.key, new.key), 2), torch.cat((old.value, new.value), 2))
+        for old, new in zip(past, state, strict=True)
+    ]
+
+
+def assert_beams_alike(shared: Decoded, copied: Decoded, beams: int, visible: Tensor) -> None:
+    """Queries are what the rows are; what a query sees in the past lies in the columns that it sees, in order."""
+    assert_near("logits", torch.unflatten(shared.logits, 1, (beams, -1)).flatten(0, 1), copied.logits)
+    for mine, theirs in zip(shared.cross_attention, copied.cross_attention, strict=True):
+        assert_near("cross", by_beam(mine.movedim(2, -1), beams).movedim(-1, 2), theirs)
+    past = visible.shape[-1]
+    for mine, theirs in zip(shared.decoder_attention, copied.decoder_attention, strict=True):
+        rows = by_beam(mine.movedim(2, -1), beams).movedim(-1, 2)
+        new = rows.shape[2]
+        for row, seen in enumerate(visible.flatten(0, 1)):
+            beam = row % beams
+            columns = torch.cat((seen.nonzero()[:, 0], past + beam * new + torch.arange(new)))
+            assert_near("decoder", rows[row][..., columns], theirs[row])
+            others = torch.ones(rows.shape[-1], dtype=torch.bool)
+            others[columns] = False
+            assert rows[row][..., others].count_nonzero() == 0
 
 
 @pytest.mark.parametrize(
-    ("positions", "past", "expected"),
-    [
-        ([[0, 1, 2]], 0, ["x..", "xx.", "xxx"]),
-        ([[3]], 3, ["xxxx"]),
-        ([[1]], 3, ["..xx"]),
-        ([[0]], 3, ["...x"]),
-        ([[1, 2]], 2, [".xx.", ".xxx"]),
-        ([[-2, -1, 0, 1]], 0, ["....", "....", "..x.", "..xx"]),
-    ],
-    ids=["start", "oldest", "younger", "newest", "two new", "forced prefix"],
+    ("count", "expected"), [(1, ["x"]), (3, ["x..", "xx.", "xxx"]), (4, ["x...", "xx..", "xxx.", "xxxx"])]
 )
-def test_what_a_new_position_may_see(positions: list[list[int]], past: int, expected: list[str]) -> None:
-    visible = target_visible(torch.tensor(positions), past)
-    assert ["".join("x" if seen else "." for seen in row) for row in visible[0, 0].tolist()] == expected
+def test_a_position_sees_itself_and_those_before_it(count: int, expected: list[str]) -> None:
+    for visible in (causal(count), steps.causal(count)):
+        assert visible.shape == (1, count, count)
+        assert ["".join("x" if seen else "." for seen in row) for row in visible[0].tolist()] == expected

@@ -1,39 +1,23 @@
 import itertools
 import math
-import re
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from model.errors import InvalidRequestError
-from model.search import LARGEST_BEAM, Decoding, Hypothesis, SearchOptions, search
-from model.steps import pad
+from model.search import Decoding, Node, Sentence, score, search
+from model.steps import ALL_FAMILIES, Array, Family, pad
 from model.tokenizer import BEGIN, END
-from tests.model.steps import SeedModel, cross_row
+from tests.model.searching import FAMILIES, SOURCES, alone, assert_same, beam_search_in_loops, options, steps
+from tests.model.steps import RowModel, SeedModel
 
-SOURCES = [[5, 6, 7, END], [8, END], [9, 4, 4, 4, 6, END], [END], [6, 5, END]]
 SEEDS = range(12)
 
 
-def options(**choices: float) -> SearchOptions:
-    return SearchOptions(**{"longest": 6, **choices})  # type: ignore[arg-type]
-
-
-def alone(model: SeedModel, source: Sequence[int], chosen: SearchOptions) -> list[Hypothesis]:
-    return search(model, [source], [chosen])[0]
-
-
-def assert_same(actual: Sequence[Hypothesis], expected: Sequence[Hypothesis]) -> None:
-    assert [one.tokens for one in actual] == [one.tokens for one in expected]
-    for one, other in zip(actual, expected, strict=True):
-        assert (one.score, one.log_probabilities, one.finish_reason) == (
-            other.score,
-            other.log_probabilities,
-            other.finish_reason,
-        )
-        np.testing.assert_array_equal(one.cross_attention, other.cross_attention)
-        np.testing.assert_array_equal(one.decoder_attention, other.decoder_attention)
+def decoding(model: SeedModel, count: int, **choices: object) -> Decoding:
+    """The first sources under way."""
+    running = Decoding(model, int(str(choices.get("beam_size", 1))))
+    running.join(model.encode(*pad(SOURCES[:count])), range(count), [options(**choices)] * count)
+    return running
 
 
 @pytest.mark.parametrize(("words", "longest"), [(2, 4), (3, 3), (15, 2), (4, 1), (1, 8)])
@@ -108,13 +92,13 @@ def test_attention_follows_the_hypothesis(beam_size: int) -> None:
     for source, found in zip(SOURCES, search(model, SOURCES, [chosen] * len(SOURCES)), strict=True):
         for one in found:
             count = len(one.tokens)
+            assert one.cross_attention is not None
+            assert one.decoder_attention is not None
             assert one.cross_attention.shape == (1, 2, count, len(source))
             assert one.decoder_attention.shape == (1, 1, count, count)
             for row in range(count):
                 read = (BEGIN, *one.tokens[:row])
-                np.testing.assert_array_equal(
-                    one.cross_attention[:, :, row], cross_row(np.array(source), read)[:, :, 0]
-                )
+                np.testing.assert_array_equal(one.cross_attention[:, :, row], model.cross(source, read))
                 assert one.decoder_attention[0, 0, row].tolist() == [*read, *[0] * (count - row - 1)]
 
 
@@ -134,12 +118,14 @@ def test_a_sentence_is_decoded_in_a_batch_as_alone(beam_size: int) -> None:
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_finished_sentences_leave_the_batch(beam_size: int) -> None:
     model = SeedModel(6, end=-50)
-    limits = [1, 5, 2, 5, 3]
-    decoding = Decoding(model, SOURCES, [options(longest=longest, beam_size=beam_size) for longest in limits])
-    steps = []
-    while not decoding.done:
-        steps.append(decoding.step())
-    assert steps == [[0, 1, 2, 3, 4], [1, 2, 3, 4], [1, 3, 4], [1, 3], [1, 3]]
+    running = Decoding(model, beam_size)
+    chosen = [options(longest=longest, beam_size=beam_size) for longest in (1, 5, 2, 5, 3)]
+    joined = running.join(model.encode(*pad(SOURCES)), range(5), chosen)
+    advanced = []
+    while running.sentences:
+        assert running.rows == len(running.sentences) * running.width
+        advanced.append({joined.index(sentence) for sentence in running.step()})
+    assert advanced == [{0, 1, 2, 3, 4}, {1, 2, 3, 4}, {1, 3, 4}, {1, 3}, {1, 3}]
     assert model.widths == [5, 4, 3, 2, 2]
 
 
@@ -147,18 +133,34 @@ def test_finished_sentences_leave_the_batch(beam_size: int) -> None:
 @pytest.mark.parametrize("cancelled", [(0,), (2,), (4,), (1, 2), (0, 1, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_cancelled_sentence_leaves_the_others_alone(beam_size: int, cancelled: tuple[int, ...], after: int) -> None:
-    chosen = [options(longest=7, beam_size=beam_size, hypotheses=beam_size)] * len(SOURCES)
-    expected = search(SeedModel(6, seed=2, end=-2), SOURCES, chosen)
-    decoding = Decoding(SeedModel(6, seed=2, end=-2), SOURCES, chosen)
+    chosen = options(longest=7, beam_size=beam_size, hypotheses=beam_size)
+    expected = search(SeedModel(6, seed=2, end=-2), SOURCES, [chosen] * len(SOURCES))
+    model = SeedModel(6, seed=2, end=-2)
+    running = Decoding(model, beam_size)
+    joined = running.join(model.encode(*pad(SOURCES)), range(5), [chosen] * 5, [ALL_FAMILIES] * 5)
     for _ in range(after):
-        decoding.step()
-    for index in (*cancelled, *cancelled):
-        decoding.cancel(index)
-    while not decoding.done:
-        assert not set(decoding.step()) & set(cancelled)
+        running.step()
+    gone = [joined[index] for index in cancelled]
+    running.leave([sentence for sentence in gone if not sentence.done])
+    while running.sentences:
+        assert not set(running.step()) & set(gone)
     for index in set(range(len(SOURCES))) - set(cancelled):
-        assert_same(decoding.results(index), expected[index])
-    assert all(search.done for search in decoding.searches)
+        assert_same(joined[index].results(), expected[index])
+    assert all(sentence.done for sentence in joined)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_what_a_cancelled_sentence_had_settled_stays(beam_size: int) -> None:
+    running = decoding(SeedModel(6, end=-50), 2, beam_size=beam_size)
+    fresh, started = running.sentences
+    running.leave([fresh])
+    assert running.settled(fresh) == []
+    for _ in range(4):
+        running.step()
+    before = list(running.settled(started))
+    running.leave([started])
+    assert (running.settled(started), running.sentences, running.rows) == (before, [], 0)
+    running.leave([])
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 4])
@@ -166,14 +168,15 @@ def test_a_cancelled_sentence_leaves_the_others_alone(beam_size: int, cancelled:
 def test_what_is_settled_stays_and_begins_the_best(beam_size: int, hypotheses: int) -> None:
     early = 0
     for seed in range(40):
-        chosen = [options(longest=9, beam_size=beam_size, hypotheses=min(hypotheses, beam_size))] * len(SOURCES)
-        decoding = Decoding(SeedModel(4, seed, end=-1.5), SOURCES, chosen)
-        settled: list[list[list[int]]] = [[] for _ in SOURCES]
-        while not decoding.done:
-            for index in decoding.step():
-                settled[index].append([node.token for node in decoding.searches[index].settled()])
-        for index, history in enumerate(settled):
-            best = decoding.results(index)[0].tokens
+        running = decoding(
+            SeedModel(4, seed, end=-1.5), 5, longest=9, beam_size=beam_size, hypotheses=min(hypotheses, beam_size)
+        )
+        settled: dict[Sentence, list[list[int]]] = {sentence: [] for sentence in running.sentences}
+        while running.sentences:
+            for sentence in running.step():
+                settled[sentence].append([node.token for node in running.settled(sentence)])
+        for sentence, history in settled.items():
+            best = sentence.results()[0].tokens
             assert history[-1] == best
             assert all(best[: len(tokens)] == tokens for tokens in history)
             assert [len(tokens) for tokens in history] == sorted(len(tokens) for tokens in history)
@@ -181,46 +184,89 @@ def test_what_is_settled_stays_and_begins_the_best(beam_size: int, hypotheses: i
     assert early > 100
 
 
+@pytest.mark.parametrize("attention", FAMILIES, ids=sorted)
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_what_is_settled_carries_its_attention(beam_size: int, attention: frozenset[Family]) -> None:
+    for seed in SEEDS:
+        model, chosen = SeedModel(4, seed, end=-1.5), options(longest=9, beam_size=beam_size)
+        running = Decoding(model, beam_size)
+        joined = running.join(model.encode(*pad(SOURCES)), range(5), [chosen] * 5, [attention] * 5)
+        streamed: list[list[Node]] = [[] for _ in joined]
+        while running.sentences:
+            running.step()
+            for index, sentence in enumerate(joined):
+                streamed[index] = list(running.settled(sentence))
+        for sentence, nodes in zip(joined, streamed, strict=True):
+            best = sentence.results()[0]
+            assert [(node.token, node.log_probability) for node in nodes] == list(
+                zip(best.tokens, best.log_probabilities, strict=True)
+            )
+            for t, node in enumerate(nodes):
+                assert_row(
+                    node.cross_attention, None if best.cross_attention is None else best.cross_attention[:, :, t]
+                )
+                own = best.decoder_attention
+                assert_row(node.decoder_attention, None if own is None else own[:, :, t, : t + 1])
+
+
+def assert_row(actual: Array | None, expected: Array | None) -> None:
+    assert (actual is None) == (expected is None)
+    if actual is not None:
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_a_beam_stays_full_when_the_end_is_likely() -> None:
     for seed, beam_size in itertools.product(SEEDS, (2, 3)):
-        decoding = Decoding(SeedModel(7, seed, end=3), SOURCES[:1], [options(beam_size=beam_size)])
-        decoding.step()
-        assert decoding.done or len(decoding.searches[0].tokens) == beam_size
+        model = SeedModel(7, seed, end=3)
+        running = decoding(model, 1, beam_size=beam_size)
+        running.step()
+        if running.sentences:
+            running.step()
+            rows = {prefix for _, prefix in model.known if len(prefix) == 2}
+            assert len(rows) == beam_size
 
 
 def test_greedy_search_settles_every_token_at_once() -> None:
-    decoding = Decoding(SeedModel(6, end=-50), SOURCES[:1], [options()])
-    counts = []
-    while not decoding.done:
-        decoding.step()
-        counts.append(len(decoding.searches[0].settled()))
+    running = decoding(SeedModel(6, end=-50), 1)
+    (sentence,) = running.sentences
+    counts = [len(running.settled(sentence)) for _ in steps(running)]
     assert counts == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
-    ("choices", "field", "message"),
-    [
-        ({"beam_size": 0}, "beam_size", "beam_size: 0 is not from 1 to 16"),
-        ({"beam_size": LARGEST_BEAM + 1}, "beam_size", "beam_size: 17 is not from 1 to 16"),
-        ({"hypotheses": 0}, "hypotheses", "hypotheses: 0 is not from 1 to 1 (beam_size)"),
-        ({"beam_size": 2, "hypotheses": 3}, "hypotheses", "hypotheses: 3 is not from 1 to 2 (beam_size)"),
-        ({"length_penalty": math.nan}, "length_penalty", "length_penalty: nan is not from 0.0 to 10.0"),
-        ({"length_penalty": -0.1}, "length_penalty", "length_penalty: -0.1 is not from 0.0 to 10.0"),
-        ({"length_penalty": math.inf}, "length_penalty", "length_penalty: inf is not from 0.0 to 10.0"),
-        ({"longest": 0}, "longest", "longest: 0 is not at least 1"),
-        ({"longest": -3}, "longest", "longest: -3 is not at least 1"),
-    ],
-    ids=str,
-)
-def test_options_out_of_range_are_refused(choices: dict[str, float], field: str, message: str) -> None:
-    with pytest.raises(InvalidRequestError, match=f"^{re.escape(message)}$") as caught:
-        options(**choices)
-    assert caught.value.field == field
+@pytest.mark.parametrize("beam_size", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("unwritable", [-math.inf, 2.0])
+def test_a_beam_is_what_the_loops_find(beam_size: int, unwritable: float) -> None:
+    for seed, source in itertools.product(SEEDS, SOURCES):
+        model = SeedModel(1 + seed % 7, seed, end=seed % 5 - 3, unwritable=unwritable)
+        penalty = (0.0, 0.6, 1.0, 4.0)[seed % 4]
+        chosen = options(beam_size=beam_size, hypotheses=1 + seed % beam_size, length_penalty=penalty)
+        found = [tuple(one.tokens) for one in alone(model, source, chosen)]
+        assert found == beam_search_in_loops(model, source, chosen), seed
+
+
+def test_a_hypothesis_at_the_limit_counts_even_when_the_beam_is_full_of_ends() -> None:
+    cut = 0
+    for seed in range(60):
+        found = alone(SeedModel(5, seed, end=1), SOURCES[0], options(longest=4, beam_size=5, hypotheses=5))
+        ended = [one for one in found if one.finish_reason == "stop"]
+        cut += len(found) > len(ended) and found[0].finish_reason == "length"
+    assert cut > 0
+
+
+@pytest.mark.parametrize("model", [SeedModel(6, end=-1), RowModel(6, end=-1)], ids=["past", "row"])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.5])
+def test_every_hypothesis_is_what_forced_decoding_says_of_it(model: SeedModel, length_penalty: float) -> None:
+    chosen = options(beam_size=4, hypotheses=4, length_penalty=length_penalty)
+    for source, found in zip(SOURCES, search(model, SOURCES, [chosen] * 5), strict=True):
+        targets = [one.tokens for one in found]
+        assert_same(found, score(model, [source] * 4, targets, [length_penalty] * 4))
 
 
 def test_beams_of_different_sizes_do_not_share_a_batch() -> None:
-    with pytest.raises(ValueError, match="sentences of different beam sizes cannot share a batch"):
-        Decoding(SeedModel(3), SOURCES[:2], [options(beam_size=2), options(beam_size=3)])
+    model = SeedModel(3)
+    memory = model.encode(*pad(SOURCES[:2]))
+    with pytest.raises(ValueError, match="sentences of other beam sizes than 2 cannot share this batch"):
+        Decoding(model, 2).join(memory, [0, 1], [options(beam_size=2), options(beam_size=3)])
 
 
 def test_sequences_are_padded_on_the_right() -> None:

@@ -9,16 +9,20 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from model import attention, dropout, layers, transformer
-from model.attention import SelfAttention, attention_weights, merge_heads, split_heads
+from model.attention import KeyValue, SelfAttention, attention_weights, hide, merge_heads, split_heads
 from model.layers import FeedForward, sinusoids
 from tests.model.toy import small_batch, small_config, small_transformer
 
 SEEN = torch.ones(2, 3, 4, dtype=torch.bool)
+HIDDEN = torch.zeros(2, 3, 4)
 
 WRONG: dict[str, tuple[str, Callable[[], object]]] = {
-    "widths of query and key": ("key", lambda: attention_weights(torch.ones(2, 3, 8), torch.ones(2, 4, 6), SEEN)),
-    "keys and mask": ("visible", lambda: attention_weights(torch.ones(2, 3, 8), torch.ones(2, 5, 8), SEEN)),
-    "mask of numbers": ("visible", lambda: attention_weights(torch.ones(2, 3, 8), torch.ones(2, 4, 8), SEEN.float())),
+    "widths of query and key": ("key", lambda: attention_weights(torch.ones(2, 3, 8), torch.ones(2, 4, 6), HIDDEN)),
+    "past keys of another width": ("past_key", lambda: weigh(torch.zeros(2, 3, 5), torch.ones(2, 1, 6))),
+    "past keys of another batch": ("past_key", lambda: weigh(torch.zeros(2, 3, 5), torch.ones(3, 1, 8))),
+    "queries and mask": ("hidden", lambda: weigh(torch.zeros(2, 2, 4))),
+    "mask of booleans": ("hidden", lambda: weigh(SEEN)),
+    "mask of numbers": ("visible", lambda: hide(HIDDEN)),
     "two axes to split": ("x", lambda: split_heads(torch.ones(3, 8), 2)),
     "three axes to merge": ("x", lambda: merge_heads(torch.ones(2, 3, 8))),
     "fractional positions": ("positions", lambda: sinusoids(torch.ones(2, 3), 8, "half")),
@@ -28,6 +32,10 @@ WRONG: dict[str, tuple[str, Callable[[], object]]] = {
     "targets without a batch": ("target_ids", lambda: run(target_ids=torch.ones(6, dtype=torch.long))),
 }
 """What is wrong, the parameter that is to be named, and the call."""
+
+
+def weigh(hidden: Tensor, past_key: Tensor | None = None) -> Tensor:
+    return attention_weights(torch.ones(2, 3, 8), torch.ones(2, 4, 8), hidden, past_key)
 
 
 def run(**changed: Tensor) -> object:
@@ -57,6 +65,38 @@ def test_a_wrong_argument_is_refused_by_name(what: str) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("keys", "past", "error"),
+    [(5, None, RuntimeError), (3, None, RuntimeError), (4, 1, RuntimeError), (1, None, TypeCheckError)],
+)
+def test_a_mask_for_other_keys_is_refused(keys: int, past: int | None, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"size of tensor|the return value of model\.attention\.attention_weights"):
+        weigh(torch.zeros(2, 3, keys), None if past is None else torch.ones(2, past, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("new_visible", torch.ones(3, 2, 3, dtype=torch.bool)),
+        ("new_visible", torch.ones(3, 3, 3)),
+        ("past_visible", torch.ones(1, 3, 4, dtype=torch.bool)),
+        ("past_visible", torch.ones(3, 2, 4, dtype=torch.bool)),
+    ],
+)
+def test_the_decoders_masks_are_per_sentence_and_query(name: str, wrong: Tensor) -> None:
+    model, batch = small_transformer(), small_batch((7, 4, 1), 3)
+    masks = {
+        "new_visible": torch.ones(3, 3, 3, dtype=torch.bool),
+        "past_visible": torch.ones(3, 3, 4, dtype=torch.bool),
+        name: wrong,
+    }
+    memory = model.encode(batch.source_ids, batch.source_mask).memory
+    past = [KeyValue(torch.ones(3, 4, 4, 4), torch.ones(3, 4, 4, 4))] * 3
+    positions = torch.arange(3).expand(3, 3)
+    with pytest.raises(TypeCheckError, match=f"parameter '{name}'"):
+        model.decoder(batch.target_ids, positions, memory, batch.source_mask, past=past, **masks)
+
+
 def broken_feed_forward() -> Tensor:
     """One output instead of d_model, which a residual sum would silently broadcast."""
     network = FeedForward(small_config())
@@ -72,9 +112,9 @@ def test_a_wrong_result_is_refused() -> None:
 
 def test_a_decoder_mask_that_is_not_per_query_is_refused() -> None:
     self_attention = SelfAttention(8, 2, 0.0)
-    query, key, value = self_attention.project(torch.ones(2, 3, 8))
-    with pytest.raises(TypeCheckError, match="parameter 'visible'"):
-        self_attention.attend(query, key, value, torch.ones(2, 2, 3, 3, dtype=torch.bool))
+    query, new = self_attention.project(torch.ones(2, 3, 8))
+    with pytest.raises(TypeCheckError, match="parameter 'hidden'"):
+        self_attention.attend(query, new, torch.zeros(2, 2, 3, 3))
 
 
 @pytest.mark.usefixtures("no_shape_checks")

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from model.search import Decoding, Hypothesis, SearchOptions, score, search
+from model.grid import Grid
+from model.search import SearchOptions, score, search
+from model.steps import Family, pad
 from model.tokenizer import BEGIN, END
 from model.torch_steps import TorchStepModel
+from tests.model.searching import assert_near
 from tests.model.toy import SMALL, small_transformer
-
-TOLERANCES = {"log-probability": 2e-5, "attention": 2e-6}
-"""Largest difference between two ways to the same hypothesis, where logits are about as large as 10."""
 
 SOURCES = [[5, 6, 7, END], [8, END], [9, 4, 4, 4, 6, 10, END], [END]]
 LAYERS, HEADS = SMALL["decoder_layers"], SMALL["heads"]
@@ -21,18 +21,6 @@ def model(request: pytest.FixtureRequest) -> TorchStepModel:
 
 def options(beam_size: int, longest: int = 8, length_penalty: float = 1.0) -> SearchOptions:
     return SearchOptions(longest=longest, beam_size=beam_size, hypotheses=beam_size, length_penalty=length_penalty)
-
-
-def assert_near(actual: Hypothesis, expected: Hypothesis) -> None:
-    assert (actual.tokens, actual.finish_reason) == (expected.tokens, expected.finish_reason)
-    for name in ("log_probabilities", "score"):
-        assert_allclose(
-            getattr(actual, name), getattr(expected, name), rtol=0, atol=TOLERANCES["log-probability"], err_msg=name
-        )
-    for name in ("cross_attention", "decoder_attention"):
-        assert_allclose(
-            getattr(actual, name), getattr(expected, name), rtol=0, atol=TOLERANCES["attention"], err_msg=name
-        )
 
 
 @pytest.mark.parametrize("beam_size", [1, 2, 4, 16])
@@ -60,21 +48,43 @@ def test_a_sentence_is_decoded_in_a_batch_as_alone(model: TorchStepModel, beam_s
 
 
 def test_attention_has_an_axis_for_each_layer_and_head_and_sums_to_one(model: TorchStepModel) -> None:
-    decoding = Decoding(model, SOURCES, [options(2)] * len(SOURCES))
-    while not decoding.done:
-        decoding.step()
-    assert decoding.encoder_attention.shape == (4, SMALL["encoder_layers"], HEADS, 7, 7)
-    for index, source in enumerate(SOURCES):
-        own = decoding.encoder_attention[index]
+    encoded = model.encode(*pad(SOURCES)).encoder_attention
+    assert encoded is not None
+    assert encoded.shape == (4, SMALL["encoder_layers"], HEADS, 7, 7)
+    for index, (source, hypotheses) in enumerate(
+        zip(SOURCES, search(model, SOURCES, [options(2)] * len(SOURCES)), strict=True)
+    ):
+        own = encoded[index]
         assert_allclose(own[..., : len(source), : len(source)].sum(-1), 1, atol=1e-5)
         assert np.count_nonzero(own[..., len(source) :]) == 0
-        for one in decoding.results(index):
+        assert np.count_nonzero(own[..., len(source) :, :]) == 0
+        for one in hypotheses:
             count = len(one.tokens)
+            assert one.cross_attention is not None
+            assert one.decoder_attention is not None
             assert one.cross_attention.shape == (LAYERS, HEADS, count, len(source))
             assert one.decoder_attention.shape == (LAYERS, HEADS, count, count)
             assert_allclose(one.cross_attention.sum(-1), 1, atol=1e-5)
             assert_allclose(one.decoder_attention.sum(-1), 1, atol=1e-5)
             assert np.count_nonzero(np.triu(one.decoder_attention, 1)) == 0
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("families", [(), ("cross",), ("decoder",), ("cross", "decoder")], ids=str)
+def test_hypotheses_carry_the_attention_that_was_asked_for(
+    model: TorchStepModel, beam_size: int, families: tuple[Family, ...]
+) -> None:
+    chosen = [options(beam_size)] * len(SOURCES)
+    everything = search(model, SOURCES, chosen)
+    for found, expected in zip(search(model, SOURCES, chosen, frozenset(families)), everything, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert (one.tokens, one.log_probabilities) == (other.tokens, other.log_probabilities)
+            for family in ("cross", "decoder"):
+                weights = getattr(one, f"{family}_attention")
+                if family in families:
+                    np.testing.assert_array_equal(weights, getattr(other, f"{family}_attention"))
+                else:
+                    assert weights is None
 
 
 def test_targets_of_different_lengths_are_scored_together_as_alone(model: TorchStepModel) -> None:
@@ -85,12 +95,16 @@ def test_targets_of_different_lengths_are_scored_together_as_alone(model: TorchS
         assert_near(one, score(model, [source], [target])[0])
 
 
-@pytest.mark.parametrize(("asked", "given"), [(1, 1), (5, 5), (13, 13), (17, 13)])
-def test_a_step_ranks_as_many_candidates_as_there_are(model: TorchStepModel, asked: int, given: int) -> None:
-    memory = model.encode(np.array([[5, 6, END]]), np.ones((1, 3), bool))
-    step = model.step(np.array([[BEGIN]]), np.array([[0]]), memory, None, np.array([0]), asked)
+@pytest.mark.parametrize("top", [1, 5, 13])
+def test_a_step_ranks_candidates(model: TorchStepModel, top: int) -> None:
+    grid = Grid(model, 1)
+    grid.join(model.encode(np.array([[5, 6, END]]), np.ones((1, 3), bool)), [0])
+    begin = np.array([[BEGIN]])
+    step = grid.step(begin, np.zeros_like(begin), np.array([[7]]), top)
     values = step.top_log_probabilities[0, 0]
-    assert step.top_ids.shape == (1, 1, given)
-    assert len(set(step.top_ids[0, 0].tolist())) == given
+    assert step.top_ids.shape == (1, 1, top)
+    assert len(set(step.top_ids[0, 0].tolist())) == top
     assert values.tolist() == sorted(values.tolist(), reverse=True)
-    assert asked < 13 or np.exp(values).sum() == pytest.approx(1, abs=1e-5)
+    if top == 13:
+        assert np.exp(values).sum() == pytest.approx(1, abs=1e-5)
+        assert step.next_log_probabilities[0, 0] == values[step.top_ids[0, 0] == 7][0]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from export.manifest import Family, FamilyShape, Manifest
+from export.manifest import FamilyShape, Manifest
+from model.steps import Family
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
 ENCODER, DECODER, CROSS = pb.ATTENTION_FAMILY_ENCODER, pb.ATTENTION_FAMILY_DECODER, pb.ATTENTION_FAMILY_CROSS

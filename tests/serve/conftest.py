@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from serve.bundle import ServedModel, load_model
-from serve.engine import Engine, EngineLimits
+from serve.engine import Engine
+from serve.jobs import EngineLimits
 from tests.reversal import Reversal, reversal_model
 from tests.serve.jobs import MakeEngine
 from tests.serve.running import PATIENCE, Running, serving

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 
 from serve.bundle import ServedModel
-from serve.engine import EngineLimits
+from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.server import Server, ServerOptions, create_server

@@ -7,7 +7,7 @@ import pytest
 
 from model.config import TokenizerConfig
 from model.errors import InvalidRequestError
-from model.search import SearchOptions
+from model.search import Sampling, SearchOptions
 from model.tokenizer import END, Token, Tokenizer
 from serve.convert import Asked, attention_wanted, encode_text, refuse_unknown_fields, search_options
 from serve.pb.limelight.v1 import limelight_pb2 as pb
@@ -19,15 +19,56 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(TokenizerConfig(), ["abcdefgh é"])
 
 
-def test_a_search_is_greedy_by_default() -> None:
-    assert search_options(pb.SearchOptions(), 40) == SearchOptions(
+def test_a_search_is_greedy_by_default(tokenizer: Tokenizer) -> None:
+    assert search_options(pb.SearchOptions(), 40, tokenizer) == SearchOptions(
         longest=40, beam_size=1, hypotheses=1, length_penalty=1.0
     )
 
 
-def test_a_search_is_what_was_asked_for() -> None:
-    asked = pb.SearchOptions(beam_size=5, hypotheses=3, length_penalty=0.0, longest=7)
-    assert search_options(asked, 40) == SearchOptions(longest=7, beam_size=5, hypotheses=3, length_penalty=0.0)
+def ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(token.id for token in tokenizer.encode(text)[:-1])
+
+
+def test_a_search_is_what_was_asked_for(tokenizer: Tokenizer) -> None:
+    asked = pb.SearchOptions(
+        beam_size=5,
+        hypotheses=3,
+        length_penalty=0.0,
+        longest=7,
+        coverage_penalty=0.25,
+        shortest=4,
+        prefix="ab",
+        no_repeat_ngram=2,
+        suppressed=["c", "é"],
+    )
+    assert search_options(asked, 40, tokenizer) == SearchOptions(
+        longest=7,
+        beam_size=5,
+        hypotheses=3,
+        length_penalty=0.0,
+        coverage_penalty=0.25,
+        shortest=4,
+        prefix=ids(tokenizer, "ab"),
+        no_repeat_ngram=2,
+        suppressed=frozenset(ids(tokenizer, "cé")),
+    )
+
+
+DRAWN = {
+    "by default": (pb.Sampling(), Sampling()),
+    "all given": (
+        pb.Sampling(temperature=0.5, top_k=3, top_p=0.75, seed=9),
+        Sampling(temperature=0.5, top_k=3, top_p=0.75, seed=9),
+    ),
+    "one given": (pb.Sampling(top_k=0, seed=2**62), Sampling(seed=2**62)),
+}
+
+
+@pytest.mark.parametrize("what", DRAWN)
+def test_tokens_are_drawn_as_asked_for(tokenizer: Tokenizer, what: str) -> None:
+    asked, expected = DRAWN[what]
+    assert search_options(pb.SearchOptions(sampling=asked), 40, tokenizer).sampling == expected
+    assert search_options(pb.SearchOptions(), 40, tokenizer).sampling is None
 
 
 SEARCHES = {
@@ -41,13 +82,30 @@ SEARCHES = {
     "length_penalty: nan is not from 0.0 to 10.0": pb.SearchOptions(length_penalty=math.nan),
     "longest: 0 is not at least 1": pb.SearchOptions(longest=0),
     "longest: 41 is over the model's limit of 40 tokens": pb.SearchOptions(longest=41),
+    "coverage_penalty: 10.5 is not from 0.0 to 10.0": pb.SearchOptions(coverage_penalty=10.5),
+    "shortest: 0 is not from 1 to 40 (longest)": pb.SearchOptions(shortest=0),
+    "shortest: 5 is not from 1 to 4 (longest)": pb.SearchOptions(shortest=5, longest=4),
+    "no_repeat_ngram: -1 is not at least 0": pb.SearchOptions(no_repeat_ngram=-1),
+    "prefix: is empty": pb.SearchOptions(prefix=" "),
+    "prefix: 'ß' is not in the target vocabulary": pb.SearchOptions(prefix="aß"),
+    "prefix: 2 is not from 0 to 1 tokens (below longest)": pb.SearchOptions(prefix="ab", longest=2),
+    "suppressed: 'ß' is not in the target vocabulary": pb.SearchOptions(suppressed=["a", "ß"]),
+    "suppressed: '' is not in the target vocabulary": pb.SearchOptions(suppressed=[""]),
+    "suppressed: holds the end token: set shortest instead": pb.SearchOptions(suppressed=["</s>"]),
+    "temperature: 0.0 is not from 0.01 to 100.0": pb.SearchOptions(sampling=pb.Sampling(temperature=0)),
+    "top_k: -1 is not at least 0": pb.SearchOptions(sampling=pb.Sampling(top_k=-1)),
+    "top_p: 1.5 is not from 1e-06 to 1.0": pb.SearchOptions(sampling=pb.Sampling(top_p=1.5)),
+    "seed: -1 is not from 0 to 9223372036854775807": pb.SearchOptions(sampling=pb.Sampling(seed=-1)),
+    "sampling: draws one answer, beam_size=2 searches: choose one": pb.SearchOptions(
+        beam_size=2, sampling=pb.Sampling()
+    ),
 }
 
 
 @pytest.mark.parametrize("message", SEARCHES)
-def test_a_search_out_of_range_is_refused(message: str) -> None:
+def test_a_search_out_of_range_is_refused(tokenizer: Tokenizer, message: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        search_options(SEARCHES[message], 40)
+        search_options(SEARCHES[message], 40, tokenizer)
     assert str(caught.value) == message
     assert caught.value.field == message.partition(":")[0]
 

@@ -1,6 +1,5 @@
-"""What the engine answers: each job's own result, whatever happens to the others of its batch."""
+"""What the engine answers: each job's own result, whatever its batch mates are and do."""
 
-import logging
 import threading
 from collections.abc import Sequence
 
@@ -8,12 +7,22 @@ import numpy as np
 import pytest
 
 from model.search import Node, SearchOptions, score
-from model.steps import Memory
-from model.tokenizer import END
-from serve.engine import Decoded, Engine, Job
+from model.steps import NO_FAMILIES, Family
 from serve.errors import EngineError
-from tests.serve.jobs import LONG, MIDDLE, SHORT, MakeEngine, alone, job, occupied, result, same
-from tests.serve.running import PATIENCE
+from serve.jobs import Decoded
+from tests.serve.jobs import (
+    LONG,
+    MIDDLE,
+    SHORT,
+    MakeEngine,
+    alone,
+    encoded_alone,
+    job,
+    occupied,
+    result,
+    same,
+    tokens,
+)
 from tests.serve.steps import Echo, Gated
 
 
@@ -22,6 +31,8 @@ def test_a_job_is_decoded(make_engine: MakeEngine, steps: Gated) -> None:
     decoded = result(make_engine().submit(job(MIDDLE)))
     assert [hypothesis.tokens for hypothesis in decoded.hypotheses] == [MIDDLE]
     np.testing.assert_array_equal(decoded.hypotheses[0].cross_attention, np.eye(4)[None, None])
+    read = np.tri(4) / np.arange(1, 5)[:, None]
+    np.testing.assert_array_equal(decoded.hypotheses[0].decoder_attention, read[None, None].astype(np.float32))
     np.testing.assert_array_equal(decoded.encoder_attention, np.full((1, 1, 4, 4), 0.25))
 
 
@@ -36,8 +47,7 @@ def test_batch_mates_leave_a_result_as_it_is(make_engine: MakeEngine, steps: Gat
         decoded, expected = result(ticket), alone(source, beam_size)
         assert len(decoded.hypotheses) == len(expected) == beam_size
         assert same(decoded.hypotheses, expected)
-        assert decoded.encoder_attention.shape == (1, 1, len(source), len(source))
-        np.testing.assert_allclose(decoded.encoder_attention, 1 / len(source))
+        assert encoded_alone(decoded, len(source))
     assert steps.batches == [1, 4]
 
 
@@ -45,47 +55,11 @@ def test_a_short_answer_does_not_wait_for_a_long_one(make_engine: MakeEngine, st
     engine = make_engine()
     occupied(engine, steps)
     short, long = engine.submit(job(SHORT)), engine.submit(job(LONG))
-    steps.let(4)  # two steps of the first job, two of the batch
-    assert result(short).hypotheses[0].tokens == SHORT
+    steps.let(3)  # one step of the first job, two of all that are left
+    assert tokens(short) == SHORT
     assert not long.future.done()
     steps.open()
-    assert result(long).hypotheses[0].tokens == LONG
-
-
-class Failing(Echo):
-    """Cannot read one of the tokens."""
-
-    def encode(self, source_ids: np.ndarray, source_mask: np.ndarray) -> Memory:
-        if np.any(source_ids == 11):
-            raise RuntimeError("secret of the runtime")
-        return super().encode(source_ids, source_mask)
-
-
-@pytest.mark.parametrize("target", [None, SHORT], ids=["search", "score"])
-def test_a_failing_model_fails_its_batch_alone(caplog: pytest.LogCaptureFixture, target: list[int] | None) -> None:
-    steps = Gated(Failing())
-    engine = Engine(steps)
-    first = occupied(engine, steps)
-    bad = [engine.submit(job(source, target=target)) for source in (MIDDLE, [11, END])]
-    good = engine.submit(job(MIDDLE, beam_size=2))
-    with caplog.at_level(logging.CRITICAL):
-        steps.open()
-        for ticket in bad:
-            with pytest.raises(EngineError, match=r"^the engine failed on this batch$"):
-                result(ticket)
-    assert result(first).hypotheses[0].tokens == SHORT
-    assert result(good).hypotheses[0].tokens == MIDDLE
-    assert engine.alive
-    assert engine.stop(PATIENCE)
-
-
-def test_what_failed_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(Failing())
-    with pytest.raises(EngineError, match="failed"):
-        result(engine.submit(job([11, END])))
-    assert engine.stop(PATIENCE)
-    assert "a batch of 1 failed" in caplog.text
-    assert "secret of the runtime" in caplog.text
+    assert tokens(long) == LONG
 
 
 def test_scores_are_those_of_forced_decoding(make_engine: MakeEngine, steps: Gated) -> None:
@@ -94,7 +68,7 @@ def test_scores_are_those_of_forced_decoding(make_engine: MakeEngine, steps: Gat
     pairs = [(SHORT, MIDDLE), (LONG, SHORT), (MIDDLE, MIDDLE)]
     penalties = [0.0, 1.0, 2.0]
     tickets = [
-        engine.submit(Job(source=source, target=target, options=SearchOptions(longest=16, length_penalty=penalty)))
+        engine.submit(job(source, target=target, options=SearchOptions(longest=16, length_penalty=penalty)))
         for (source, target), penalty in zip(pairs, penalties, strict=True)
     ]
     steps.open()
@@ -102,9 +76,72 @@ def test_scores_are_those_of_forced_decoding(make_engine: MakeEngine, steps: Gat
         decoded, (expected,) = result(ticket), score(Echo(), [source], [target], [penalty])
         assert same(decoded.hypotheses, [expected])
         assert decoded.hypotheses[0].tokens == target
-        assert decoded.hypotheses[0].log_probabilities == pytest.approx(expected.log_probabilities, abs=1e-6)
-        assert decoded.encoder_attention.shape == (1, 1, len(source), len(source))
+        assert encoded_alone(decoded, len(source))
     assert steps.batches == [1, 3]
+
+
+FAMILIES: dict[str, frozenset[Family]] = {
+    "none": NO_FAMILIES,
+    "encoder": frozenset({"encoder"}),
+    "decoder": frozenset({"decoder"}),
+    "cross": frozenset({"cross"}),
+    "cross and encoder": frozenset({"cross", "encoder"}),
+}
+
+
+def has(decoded: Decoded) -> set[str]:
+    """Families that an answer carries, all its hypotheses alike."""
+    hypotheses = {(one.cross_attention is not None, one.decoder_attention is not None) for one in decoded.hypotheses}
+    ((cross, decoder),) = hypotheses
+    given = {"encoder": decoded.encoder_attention is not None, "decoder": decoder, "cross": cross}
+    return {family for family in given if given[family]}
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+@pytest.mark.parametrize(("beam_size", "target"), [(1, None), (3, None), (1, LONG)], ids=["greedy", "beam", "score"])
+def test_attention_that_was_not_asked_for_is_not_computed(
+    make_engine: MakeEngine, steps: Gated, families: str, beam_size: int, target: list[int] | None
+) -> None:
+    steps.open()
+    wanted = FAMILIES[families]
+    decoded = result(make_engine().submit(job(MIDDLE, beam_size, beam_size, attention=wanted, target=target)))
+    assert has(decoded) == wanted
+    assert steps.families[0] == wanted & {"encoder"}
+    assert set(steps.families[1:]) == {wanted - {"encoder"}}
+
+
+def test_attention_is_computed_while_someone_wants_it(make_engine: MakeEngine, steps: Gated) -> None:
+    engine = make_engine()
+    occupied(engine, steps)
+    wanted: list[tuple[list[int], frozenset[Family]]] = [
+        (LONG, NO_FAMILIES),
+        (MIDDLE, frozenset({"cross"})),
+        (SHORT, frozenset({"decoder"})),
+    ]
+    tickets = [engine.submit(job(source, attention=families)) for source, families in wanted]
+    steps.open()
+    for ticket, (source, families) in zip(tickets, wanted, strict=True):
+        assert tokens(ticket) == source
+        assert has(result(ticket)) == families
+    both, cross = frozenset({"cross", "decoder"}), frozenset({"cross"})
+    assert steps.families[2:] == [NO_FAMILIES, both, both, cross, cross, *[NO_FAMILIES] * 6]
+
+
+def test_scores_carry_what_each_asked_for(make_engine: MakeEngine, steps: Gated) -> None:
+    engine = make_engine()
+    occupied(engine, steps)
+    tickets = [engine.submit(job(MIDDLE, target=LONG, attention=wanted)) for wanted in FAMILIES.values()]
+    steps.open()
+    assert [has(result(ticket)) for ticket in tickets] == list(FAMILIES.values())
+    assert steps.batches == [1, len(FAMILIES)]
+
+
+def test_what_the_search_itself_needs_is_not_given_to_who_did_not_ask(make_engine: MakeEngine, steps: Gated) -> None:
+    steps.open()
+    options = SearchOptions(longest=16, beam_size=2, coverage_penalty=0.5)
+    decoded = result(make_engine().submit(job(MIDDLE, attention=NO_FAMILIES, options=options)))
+    assert has(decoded) == set()
+    assert set(steps.families[1:]) == {frozenset({"cross"})}
 
 
 class Listener:
@@ -116,6 +153,7 @@ class Listener:
 
     def __init__(self, fails_after: int | None = None) -> None:
         self.settled: list[list[int]] = []
+        self.nodes: list[Node] = []
         self.begun: list[Decoded] = []
         self.threads: set[str] = set()
         self._fails_after = fails_after
@@ -124,6 +162,7 @@ class Listener:
         if len(self.settled) == self._fails_after:
             raise RuntimeError("the listener is gone")
         self.settled.append([node.token for node in nodes])
+        self.nodes = list(nodes)
         self.begun.append(begun)
         self.threads.add(threading.current_thread().name)
 
@@ -136,16 +175,35 @@ def test_a_listener_is_told_of_each_token_once_it_is_certain(
     occupied(engine, steps)
     mate, ticket = engine.submit(job(LONG, beam_size)), engine.submit(job(MIDDLE, beam_size, on_settled=listener))
     steps.open()
-    best = result(ticket).hypotheses[0].tokens
+    best = tokens(ticket)
     assert listener.settled[-1] == best == MIDDLE
     for earlier, later in zip(listener.settled, listener.settled[1:], strict=False):
         assert later[: len(earlier)] == earlier
     if beam_size == 1:
         assert listener.settled == [MIDDLE[:count] for count in range(1, len(MIDDLE) + 1)]
-    assert {begun.encoder_attention.shape for begun in listener.begun} == {(1, 1, 4, 4)}
+    assert all(encoded_alone(begun, len(MIDDLE)) for begun in listener.begun)
     assert not any(begun.hypotheses for begun in listener.begun)
     assert listener.threads == {"limelight-engine"}
-    assert result(mate).hypotheses[0].tokens == LONG
+    assert tokens(mate) == LONG
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_a_listener_is_told_the_attention_that_was_asked_for(
+    make_engine: MakeEngine, steps: Gated, families: str
+) -> None:
+    listener, engine, wanted = Listener(), make_engine(), FAMILIES[families]
+    occupied(engine, steps, LONG)
+    ticket = engine.submit(job(MIDDLE, 2, attention=wanted, on_settled=listener))
+    steps.open()
+    best = result(ticket).hypotheses[0]
+    assert {begun.encoder_attention is not None for begun in listener.begun} == {"encoder" in wanted}
+    for t, node in enumerate(listener.nodes):
+        for family, weights in (("cross", node.cross_attention), ("decoder", node.decoder_attention)):
+            if family in wanted:
+                whole = getattr(best, f"{family}_attention")[:, :, t]
+                np.testing.assert_array_equal(weights, whole if family == "cross" else whole[:, :, : t + 1])
+            else:
+                assert weights is None
 
 
 @pytest.mark.parametrize("fails_after", [0, 2, len(MIDDLE) - 1], ids=["first", "middle", "last"])
@@ -157,6 +215,6 @@ def test_a_listener_that_fails_harms_no_one_else(make_engine: MakeEngine, steps:
     steps.open()
     with pytest.raises(EngineError, match=r"^the stream could not be written$"):
         result(bad)
-    assert [result(mate).hypotheses[0].tokens for mate in mates] == [SHORT, MIDDLE, LONG]
+    assert [tokens(mate) for mate in mates] == [SHORT, MIDDLE, LONG]
     assert len(listener.settled) == fails_after
     assert steps.batches == [1, 4]

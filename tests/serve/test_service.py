@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from model.checkpoint import load_checkpoint
-from model.search import SearchOptions, search
+from model.search import Hypothesis, SearchOptions, search
+from model.tokenizer import Tokenizer
 from model.torch_steps import TorchStepModel
 from serve.bundle import ServedModel
 from serve.pb.limelight.v1 import limelight_pb2 as pb
@@ -20,7 +21,11 @@ TOLERANCES = {"log_probabilities": 1e-4, "attention": 1e-5}
 """Largest difference between two ways to one answer. Measured: 2e-5 and 3e-6."""
 
 STRINGS = [*parts()["test"][:12], "a", "hgfedcbahgfedcbahgfedcb"]
-SEARCHES = {"greedy": {}, "beam": {"beam_size": 4, "hypotheses": 3}, "short": {"beam_size": 2, "longest": 3}}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam": {"beam_size": 4, "hypotheses": 3},
+    "short": {"beam_size": 2, "longest": 3},
+}
 """A beam's n-best, and an answer that the limit ends, besides the best guess."""
 
 EVERYTHING = pb.AttentionOptions(families=[ENCODER, DECODER, CROSS])
@@ -64,11 +69,25 @@ def generated(answer: pb.GenerateResponse) -> Answer:
     return Answer(array(encoder), [one(hypothesis, hypothesis.attention) for hypothesis in answer.hypotheses])
 
 
-def request(source: str, choices: dict[str, int]) -> pb.GenerateRequest:
+def searched(hypothesis: Hypothesis, tokenizer: Tokenizer) -> One:
+    assert hypothesis.cross_attention is not None
+    assert hypothesis.decoder_attention is not None
+    return One(
+        tokenizer.decode(hypothesis.tokens),
+        hypothesis.tokens,
+        hypothesis.log_probabilities,
+        hypothesis.score,
+        hypothesis.finish_reason == "stop",
+        hypothesis.cross_attention,
+        hypothesis.decoder_attention,
+    )
+
+
+def request(source: str, choices: dict[str, Any]) -> pb.GenerateRequest:
     return pb.GenerateRequest(source=source, search=pb.SearchOptions(**choices), attention=EVERYTHING)
 
 
-def stream(running: Running, source: str, choices: dict[str, int]) -> list[pb.GenerateStreamResponse]:
+def stream(running: Running, source: str, choices: dict[str, Any]) -> list[pb.GenerateStreamResponse]:
     asked = pb.GenerateStreamRequest(source=source, search=pb.SearchOptions(**choices), attention=EVERYTHING)
     return list(running.stub.GenerateStream(asked, timeout=PATIENCE))
 
@@ -109,46 +128,36 @@ def assert_near(what: str, left: Any, right: Any) -> None:
 
 
 @pytest.fixture(scope="module", params=SEARCHES)
-def choices(request: pytest.FixtureRequest) -> dict[str, int]:
+def choices(request: pytest.FixtureRequest) -> dict[str, Any]:
     return SEARCHES[request.param]
 
 
 @pytest.fixture(scope="module")
-def alone(running: Running, choices: dict[str, int]) -> list[Answer]:
+def alone(running: Running, choices: dict[str, Any]) -> list[Answer]:
     """Each string's answer, asked for by itself."""
     return [generated(running.stub.Generate(request(string, choices), timeout=PATIENCE)) for string in STRINGS]
 
 
-def test_answers_are_those_of_pytorch(reversal: Reversal, choices: dict[str, int], alone: list[Answer]) -> None:
+def test_answers_are_those_of_pytorch(reversal: Reversal, choices: dict[str, Any], alone: list[Answer]) -> None:
     checkpoint = load_checkpoint(reversal.checkpoint)
     steps, options = TorchStepModel(checkpoint.model), SearchOptions(**{"longest": 20} | choices)
     for string, answer in zip(STRINGS, alone, strict=True):
         ids = [token.id for token in checkpoint.source.encode(string)]
-        found = [
-            One(
-                checkpoint.target.decode(hypothesis.tokens),
-                hypothesis.tokens,
-                hypothesis.log_probabilities,
-                hypothesis.score,
-                hypothesis.finish_reason == "stop",
-                hypothesis.cross_attention,
-                hypothesis.decoder_attention,
-            )
-            for hypothesis in search(steps, [ids], [options])[0]
-        ]
-        encoder = steps.encode(np.array([ids]), np.ones((1, len(ids)), bool)).encoder_attention[0]
-        assert_same(answer, Answer(encoder, found))
+        found = [searched(hypothesis, checkpoint.target) for hypothesis in search(steps, [ids], [options])[0]]
+        encoder = steps.encode(np.array([ids]), np.ones((1, len(ids)), bool)).encoder_attention
+        assert encoder is not None
+        assert_same(answer, Answer(encoder[0], found))
 
 
 def test_asking_for_many_at_once_changes_nothing(
-    running: Running, choices: dict[str, int], alone: list[Answer]
+    running: Running, choices: dict[str, Any], alone: list[Answer]
 ) -> None:
     calls = [running.stub.Generate.future(request(string, choices), timeout=PATIENCE) for string in STRINGS * 3]
     for answer, call in zip(alone * 3, calls, strict=True):
         assert_same(generated(call.result()), answer)
 
 
-def test_a_stream_amounts_to_the_same(running: Running, choices: dict[str, int], alone: list[Answer]) -> None:
+def test_a_stream_amounts_to_the_same(running: Running, choices: dict[str, Any], alone: list[Answer]) -> None:
     for string, answer in zip(STRINGS, alone, strict=True):
         assert_same(streamed(stream(running, string, choices)), answer)
 
@@ -184,6 +193,38 @@ def test_hypotheses_come_best_first(running: Running) -> None:
     for hypothesis in answer.hypotheses:
         assert hypothesis.log_probability == pytest.approx(sum(token.log_probability for token in hypothesis.tokens))
         assert hypothesis.score == pytest.approx(hypothesis.log_probability / len(hypothesis.tokens))
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "prefix": ({"prefix": "hgb"}, "hgb"),
+    "suppressed": ({"suppressed": ["f", "c"]}, "hg"),
+    "no repeats": ({"no_repeat_ngram": 1}, "hgfedcba"),
+    "shortest": ({"shortest": 12}, "hgfedcba"),
+    "sampling": ({"sampling": pb.Sampling(top_k=1, seed=4)}, "hgfedcba"),
+}
+"""Ways to search, and what the reverse of abcdefgh begins with then."""
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_an_answer_is_searched_as_asked(running: Running, what: str) -> None:
+    options, begins = OPTIONS[what]
+    (best,) = running.stub.Generate(request("abcdefgh", options)).hypotheses
+    texts = [token.text for token in best.tokens]
+    assert best.text.startswith(begins)
+    assert not {*texts} & {*options.get("suppressed", ())}
+    assert len(texts) >= options.get("shortest", 1)
+    assert "no_repeat_ngram" not in options or len({*texts}) == len(texts)
+    whole = streamed(stream(running, "abcdefgh", options)).hypotheses[0]
+    assert (whole.text, whole.ids) == (best.text, [token.id for token in best.tokens])
+
+
+def test_the_same_seed_draws_the_same_answer(running: Running) -> None:
+    def drawn(seed: int) -> str:
+        options = {"sampling": pb.Sampling(temperature=5.0, seed=seed)}
+        return running.stub.Generate(request("abcdefgh", options)).hypotheses[0].text
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed) for seed in range(4)}) > 1
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5, 2.0])

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
-from model.steps import Memory
+from model.steps import Array, Memory
 from serve.bundle import ServedModel
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from tests.serve.attention import CROSS
@@ -95,6 +94,30 @@ OF_ONE: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
         INVALID,
         "length_penalty: -1.0 is not from 0.0 to 10.0",
     ),
+    "prefix": (
+        "Generate",
+        pb.GenerateRequest(source="ab", search=pb.SearchOptions(prefix="xa")),
+        INVALID,
+        "prefix: 'x' is not in the target vocabulary",
+    ),
+    "suppressed": (
+        "GenerateStream",
+        pb.GenerateStreamRequest(source="ab", search=pb.SearchOptions(suppressed=["x"])),
+        INVALID,
+        "suppressed: 'x' is not in the target vocabulary",
+    ),
+    "nothing left to say": (
+        "Generate",
+        pb.GenerateRequest(source="ab", search=pb.SearchOptions(no_repeat_ngram=1, shortest=20)),
+        INVALID,
+        "search: after 9 tokens every other one is ruled out: suppress fewer, or allow repeats",
+    ),
+    "nothing left to say in a stream": (
+        "GenerateStream",
+        pb.GenerateStreamRequest(source="ab", search=pb.SearchOptions(no_repeat_ngram=1, shortest=20)),
+        INVALID,
+        "search: after 9 tokens every other one is ruled out: suppress fewer, or allow repeats",
+    ),
     "another model": (
         "GetModel",
         pb.GetModelRequest(model="x"),
@@ -168,7 +191,7 @@ def test_there_are_no_other_calls(running: Running) -> None:
 class Broken(Echo):
     """Fails in a way that no client may read of."""
 
-    def encode(self, source_ids: np.ndarray, source_mask: np.ndarray) -> Memory:
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:  # noqa: ARG002
         raise RuntimeError(f"a secret of the server: {source_ids[source_mask]}")
 
 
@@ -183,7 +206,7 @@ def test_a_fault_of_the_server_keeps_its_details(
         found = re.fullmatch(r"internal error \(request ([0-9a-f]{12}) in the server's log\)", text)
         assert found, text
         logged = [record for record in caplog.records if record.levelno == logging.ERROR]
-        assert [record.name for record in logged] == ["serve.engine", "serve.server"]
+        assert [record.name for record in logged] == ["serve.batcher", "serve.server"]
         assert f"request {found[1]} failed" in caplog.text
         assert "a secret of the server" in caplog.text
         assert broken.stub.GetModel(pb.GetModelRequest()).model.name == "reversal"

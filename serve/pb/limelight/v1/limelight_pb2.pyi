@@ -128,6 +128,55 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
+class Sampling(_message.Message):
+    """Draw each token instead of taking the best."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """Log-probabilities are divided by it, 0.01 to 100, by default 1: below 1 the likely becomes likelier."""
+    top_k: _builtins.int
+    """Draw from so many likeliest tokens; 0, the default, for all."""
+    top_p: _builtins.float
+    """Draw from the fewest likeliest tokens whose probabilities, after the temperature, sum to at least this; by default 1."""
+    seed: _builtins.int
+    """The same seed draws the same answer from the same model; at least 0, by default 0."""
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float | None = ...,
+        top_k: _builtins.int | None = ...,
+        top_p: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
+
+@_typing.final
 class SearchOptions(_message.Message):
     """How to search for the answer."""
 
@@ -137,6 +186,12 @@ class SearchOptions(_message.Message):
     HYPOTHESES_FIELD_NUMBER: _builtins.int
     LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
     LONGEST_FIELD_NUMBER: _builtins.int
+    COVERAGE_PENALTY_FIELD_NUMBER: _builtins.int
+    SHORTEST_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    NO_REPEAT_NGRAM_FIELD_NUMBER: _builtins.int
+    SUPPRESSED_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     beam_size: _builtins.int
     """Hypotheses kept at a time, 1 to 16; 1, the default, is greedy search."""
     hypotheses: _builtins.int
@@ -145,6 +200,24 @@ class SearchOptions(_message.Message):
     """Hypotheses are compared by log-probability / length ^ length_penalty; 0 to 10, by default 1."""
     longest: _builtins.int
     """Most tokens to generate, the end token among them; 1 to the model's longest target, which is the default."""
+    coverage_penalty: _builtins.float
+    """Weight of a term that is added to a finished hypothesis's score: the sum over source tokens of the logarithm of the
+    attention that each received, at most 1, with the mean of all layers and heads; 0 to 10, by default 0.
+    """
+    shortest: _builtins.int
+    """Fewest tokens to generate, the end token among them; 1 to longest, by default 1."""
+    prefix: _builtins.str
+    """What the answer must begin with. Its tokens count towards length, log-probability and score."""
+    no_repeat_ngram: _builtins.int
+    """No run of so many tokens occurs twice; 0, the default, allows any."""
+    @_builtins.property
+    def suppressed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tokens that are never generated, as the vocabulary writes them; at most 256."""
+
+    @_builtins.property
+    def sampling(self) -> Global___Sampling:
+        """Draw an answer instead of searching for the best; only with beam_size 1."""
+
     def __init__(
         self,
         *,
@@ -152,27 +225,45 @@ class SearchOptions(_message.Message):
         hypotheses: _builtins.int | None = ...,
         length_penalty: _builtins.float | None = ...,
         longest: _builtins.int | None = ...,
+        coverage_penalty: _builtins.float | None = ...,
+        shortest: _builtins.int | None = ...,
+        prefix: _builtins.str = ...,
+        no_repeat_ngram: _builtins.int | None = ...,
+        suppressed: _abc.Iterable[_builtins.str] | None = ...,
+        sampling: Global___Sampling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_hypotheses", b"_hypotheses", "_length_penalty", b"_length_penalty", "_longest", b"_longest", "beam_size", b"beam_size", "hypotheses", b"hypotheses", "length_penalty", b"length_penalty", "longest", b"longest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_coverage_penalty", b"_coverage_penalty", "_hypotheses", b"_hypotheses", "_length_penalty", b"_length_penalty", "_longest", b"_longest", "_no_repeat_ngram", b"_no_repeat_ngram", "_shortest", b"_shortest", "beam_size", b"beam_size", "coverage_penalty", b"coverage_penalty", "hypotheses", b"hypotheses", "length_penalty", b"length_penalty", "longest", b"longest", "no_repeat_ngram", b"no_repeat_ngram", "sampling", b"sampling", "shortest", b"shortest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_hypotheses", b"_hypotheses", "_length_penalty", b"_length_penalty", "_longest", b"_longest", "beam_size", b"beam_size", "hypotheses", b"hypotheses", "length_penalty", b"length_penalty", "longest", b"longest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_coverage_penalty", b"_coverage_penalty", "_hypotheses", b"_hypotheses", "_length_penalty", b"_length_penalty", "_longest", b"_longest", "_no_repeat_ngram", b"_no_repeat_ngram", "_shortest", b"_shortest", "beam_size", b"beam_size", "coverage_penalty", b"coverage_penalty", "hypotheses", b"hypotheses", "length_penalty", b"length_penalty", "longest", b"longest", "no_repeat_ngram", b"no_repeat_ngram", "prefix", b"prefix", "sampling", b"sampling", "shortest", b"shortest", "suppressed", b"suppressed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beam_size: _TypeAlias = _typing.Literal["beam_size"]  # noqa: Y015
     _WhichOneofArgType__beam_size: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size"]  # noqa: Y015
+    _WhichOneofReturnType__coverage_penalty: _TypeAlias = _typing.Literal["coverage_penalty"]  # noqa: Y015
+    _WhichOneofArgType__coverage_penalty: _TypeAlias = _typing.Literal["_coverage_penalty", b"_coverage_penalty"]  # noqa: Y015
     _WhichOneofReturnType__hypotheses: _TypeAlias = _typing.Literal["hypotheses"]  # noqa: Y015
     _WhichOneofArgType__hypotheses: _TypeAlias = _typing.Literal["_hypotheses", b"_hypotheses"]  # noqa: Y015
     _WhichOneofReturnType__length_penalty: _TypeAlias = _typing.Literal["length_penalty"]  # noqa: Y015
     _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
     _WhichOneofReturnType__longest: _TypeAlias = _typing.Literal["longest"]  # noqa: Y015
     _WhichOneofArgType__longest: _TypeAlias = _typing.Literal["_longest", b"_longest"]  # noqa: Y015
+    _WhichOneofReturnType__no_repeat_ngram: _TypeAlias = _typing.Literal["no_repeat_ngram"]  # noqa: Y015
+    _WhichOneofArgType__no_repeat_ngram: _TypeAlias = _typing.Literal["_no_repeat_ngram", b"_no_repeat_ngram"]  # noqa: Y015
+    _WhichOneofReturnType__shortest: _TypeAlias = _typing.Literal["shortest"]  # noqa: Y015
+    _WhichOneofArgType__shortest: _TypeAlias = _typing.Literal["_shortest", b"_shortest"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beam_size) -> _WhichOneofReturnType__beam_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coverage_penalty) -> _WhichOneofReturnType__coverage_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__hypotheses) -> _WhichOneofReturnType__hypotheses | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__length_penalty) -> _WhichOneofReturnType__length_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__longest) -> _WhichOneofReturnType__longest | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__no_repeat_ngram) -> _WhichOneofReturnType__no_repeat_ngram | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shortest) -> _WhichOneofReturnType__shortest | None: ...
 
 Global___SearchOptions: _TypeAlias = SearchOptions  # noqa: Y015
 

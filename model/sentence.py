@@ -1,0 +1,107 @@
+"""What a search keeps of one sentence: its finished hypotheses, and what its rows looked at. Torch-free."""
+
+from collections.abc import Sequence
+
+from model.constraints import Constraints
+from model.errors import InvalidRequestError
+from model.hypotheses import Chain, Glimpse, Hypothesis, Node, bound, cross_row, decoder_row
+from model.options import SearchOptions
+from model.steps import Array, Family
+
+
+class Sentence:
+    """One sentence on its way through a `Decoding`.
+
+    A hypothesis is finished when its end token is among the `beam_size` best candidates of a step, and the search ends
+    when `beam_size` hypotheses are finished, when no live one can still come among the n best, or at the length limit.
+
+    Attributes:
+        options: how it is decoded.
+        attention: families that its hypotheses carry.
+        done: no more steps are wanted.
+    """
+
+    def __init__(
+        self, options: SearchOptions, attention: frozenset[Family], source_length: int, clock: int, vocabulary: int
+    ) -> None:
+        self.options, self.attention, self.done = options, attention, False
+        self.place, self.age = 0, 0
+        self.constraints = Constraints(options, vocabulary)
+        self._source_length, self._clock = source_length, clock
+        self._trail: list[Glimpse] = []
+        self._finished: list[tuple[float, Chain]] = []
+        self._settled: list[Node] = []
+        self._error: InvalidRequestError | None = None
+
+    @property
+    def needed(self) -> frozenset[Family]:
+        """Families that the search itself or the answer needs."""
+        return self.attention | {"cross"} if self.options.coverage_penalty else self.attention
+
+    @property
+    def finished(self) -> int:
+        """Hypotheses that have ended."""
+        return len(self._finished)
+
+    def look(self, cross: Array | None, decoder: Array | None, ring: int) -> None:
+        """Keep what a step's rows looked at, of the families that are needed."""
+        if not self.needed & {"cross", "decoder"}:
+            return
+        self._trail.append(
+            Glimpse(
+                cross[self.place] if cross is not None and "cross" in self.needed else None,
+                decoder[self.place] if decoder is not None and "decoder" in self.needed else None,
+                self._clock,
+                ring,
+            )
+        )
+
+    def finish(self, chain: Chain) -> None:
+        """Take in a hypothesis that has ended."""
+        self._finished.append((chain.score(self.options, self._trail, self._source_length), chain))
+
+    def fail(self) -> None:
+        """Give up: the options rule out every token."""
+        message = f"after {self.age - 1} tokens every other one is ruled out: suppress fewer, or allow repeats"
+        self._error, self.done = InvalidRequestError("search", message), True
+
+    def unbeatable(self, live: float) -> bool:
+        """No live hypothesis, the best of which has this total, can come among the n best."""
+        if len(self._finished) < self.options.hypotheses:
+            return False
+        return self._best()[-1][0] >= bound(live, self.options)
+
+    def results(self) -> list[Hypothesis]:
+        """The n best hypotheses, best first.
+
+        Raises:
+            InvalidRequestError: the options left no token to choose.
+        """
+        if self._error is not None:
+            raise self._error
+        kept = [glimpse._replace(cross=glimpse.cross if "cross" in self.attention else None) for glimpse in self._trail]
+        return [chain.hypothesis(score, kept, self._source_length) for score, chain in self._best()]
+
+    def settle(self, live: Sequence[Chain]) -> list[Node]:
+        """Tokens that every hypothesis still in play shares, from the first: what a stream can already send."""
+        in_play = [chain for _, chain in self._best()[:1]] if self.done else [chain for _, chain in self._finished]
+        in_play += [] if self.done else live
+        if not in_play:  # it failed, or left before anything was certain
+            return self._settled
+        first, *others = in_play
+        while (t := len(self._settled)) < len(first.tokens):
+            if any(len(chain.tokens) <= t or chain.tokens[t] != first.tokens[t] for chain in others):
+                break
+            self._settled.append(self._node(first, t))
+        return self._settled
+
+    def _node(self, chain: Chain, t: int) -> Node:
+        return Node(
+            int(chain.tokens[t]),
+            float(chain.log_probabilities[t]),
+            cross_row(self._trail, chain.rows, t, self._source_length) if "cross" in self.attention else None,
+            decoder_row(self._trail, chain.rows, t) if "decoder" in self.attention else None,
+        )
+
+    def _best(self) -> list[tuple[float, Chain]]:
+        return sorted(self._finished, key=lambda pair: -pair[0])[: self.options.hypotheses]

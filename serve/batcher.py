@@ -1,0 +1,206 @@
+"""The continuous batcher: what is decoded together, from step to step. It knows no queue.
+
+tickets ──► admit: one encoder pass ──► lanes, one a beam size ──► step, step, step ──► each result as it is ready
+▲                        │
+sentences join between steps    finished, cancelled, expired ones leave
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from model.errors import InvalidRequestError
+from model.search import Decoding, Hypothesis, Sentence, score
+from model.steps import Family, StepModel, pad
+from serve.errors import EngineError, ExpiredError
+from serve.jobs import Decoded, EngineLimits, Ticket
+
+log = logging.getLogger(__name__)
+
+
+class Batcher:
+    """The jobs under way.
+
+    Args:
+        model: what computes the steps.
+        limits: what to take on at a time.
+    """
+
+    def __init__(self, model: StepModel, limits: EngineLimits) -> None:
+        self._model, self._limits = model, limits
+        self._lanes: dict[int, Lane] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Something is being decoded."""
+        return bool(self._lanes)
+
+    @property
+    def rows(self) -> int:
+        """Rows that the next round of steps computes."""
+        return sum(lane.decoding.rows for lane in self._lanes.values())
+
+    def fits(self, chosen: Sequence[Ticket], ticket: Ticket) -> bool:
+        """Whether a ticket can be admitted now, with others that were chosen before it."""
+        limits = self._limits
+        jobs = [*(other.job for other in chosen), ticket.job]
+        padded = len(jobs) * max(job.side for job in jobs)
+        if ticket.job.target is not None:  # a pass of its own, not a part of the running batch
+            size = padded * max(job.side for job in jobs)
+            return not chosen or (
+                padded <= limits.encode_tokens and len(jobs) <= limits.rows and size <= limits.attention
+            )
+        if not chosen and not self.busy:
+            return True
+        lanes = self._lanes.values()
+        return (
+            padded <= limits.encode_tokens
+            and self.rows + sum(job.options.beam_size for job in jobs) <= limits.rows
+            and sum(lane.tokens for lane in lanes) + sum(job.tokens for job in jobs) <= limits.tokens
+            and sum(lane.attention for lane in lanes) + sum(job.attention_size() for job in jobs) <= limits.attention
+        )
+
+    def admit(self, tickets: Sequence[Ticket]) -> None:
+        """Read the sources of some jobs, in one pass, and let them join; or score them, if that is what they want."""
+        sources = [ticket.job.source for ticket in tickets]
+        wanted = any("encoder" in ticket.job.attention for ticket in tickets)
+        try:
+            memory = self._model.encode(*pad(sources), attention=wanted)
+            begun = [_begun(ticket, memory.encoder_attention, index) for index, ticket in enumerate(tickets)]
+            if tickets[0].job.target is not None:
+                families = frozenset().union(*(ticket.job.attention for ticket in tickets))
+                targets = [ticket.job.target or [] for ticket in tickets]
+                penalties = [ticket.job.options.length_penalty for ticket in tickets]
+                scored = score(self._model, sources, targets, penalties, memory, families)
+                for ticket, before, hypothesis in zip(tickets, begun, scored, strict=True):
+                    ticket.finish(Decoded(before.encoder_attention, [_only(ticket.job.attention, hypothesis)]))
+                return
+            for width in dict.fromkeys(ticket.job.options.beam_size for ticket in tickets):
+                indices = [index for index, ticket in enumerate(tickets) if ticket.job.options.beam_size == width]
+                lane = self._lanes.setdefault(width, Lane(self._model, width))
+                lane.join(memory, indices, [tickets[index] for index in indices], [begun[index] for index in indices])
+        except Exception:
+            log.exception("a batch of %d could not be read", len(tickets))
+            _fail(tickets)
+
+    def step(self) -> None:
+        """One decoder step for everything that is under way."""
+        for width, lane in list(self._lanes.items()):
+            lane.drop_unwanted()
+            if not lane.empty:
+                try:
+                    lane.step()
+                except Exception:
+                    log.exception("a step of %d rows failed", lane.decoding.rows)
+                    _fail(lane.tickets)
+                    del self._lanes[width]
+                    continue
+            if lane.empty:
+                del self._lanes[width]
+
+
+class Lane:
+    """The running batch of one beam size.
+
+    Args:
+        model: what computes the steps.
+        width: the beam size.
+    """
+
+    def __init__(self, model: StepModel, width: int) -> None:
+        self.decoding = Decoding(model, width)
+        self._under_way: dict[Sentence, tuple[Ticket, Decoded]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is under way."""
+        return not self._under_way
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """Of the jobs under way."""
+        return [ticket for ticket, _ in self._under_way.values()]
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens that its rows can come to keep."""
+        return sum(ticket.job.tokens for ticket in self.tickets)
+
+    @property
+    def attention(self) -> int:
+        """Attention that its rows keep, in weights of one head."""
+        return sum(ticket.job.attention_size(sentence.age) for sentence, (ticket, _) in self._under_way.items())
+
+    def join(self, memory: Any, indices: Sequence[int], tickets: Sequence[Ticket], begun: Sequence[Decoded]) -> None:
+        """Let sentences of an encoded batch in."""
+        sentences = self.decoding.join(
+            memory, indices, [ticket.job.options for ticket in tickets], [ticket.job.attention for ticket in tickets]
+        )
+        self._under_way |= {
+            sentence: (ticket, before) for sentence, ticket, before in zip(sentences, tickets, begun, strict=True)
+        }
+
+    def drop_unwanted(self) -> None:
+        """Take out what nobody waits for any more, before it costs another step."""
+        unwanted = []
+        for sentence, (ticket, _) in self._under_way.items():
+            expired = ticket.expired
+            if expired:
+                ticket.fail(ExpiredError("the deadline passed before the answer was ready"))
+            if expired or ticket.cancelled:
+                unwanted.append(sentence)
+        self.decoding.leave(unwanted)
+        for sentence in unwanted:
+            del self._under_way[sentence]
+
+    def step(self) -> None:
+        """One step; what is ready is handed over."""
+        for sentence in self.decoding.step():
+            ticket, begun = self._under_way[sentence]
+            if ticket.job.on_settled is not None:
+                self._tell(ticket, begun, sentence)
+            if sentence.done:
+                del self._under_way[sentence]
+                _deliver(ticket, begun, sentence.results)
+
+    def _tell(self, ticket: Ticket, begun: Decoded, sentence: Sentence) -> None:
+        try:
+            if ticket.job.on_settled is not None:
+                ticket.job.on_settled(begun, self.decoding.settled(sentence))
+        except Exception:  # one listener's fault must not reach its batch mates
+            log.exception("a stream's listener failed")
+            ticket.fail(EngineError("the stream could not be written"))
+            ticket.cancel()
+
+
+def _deliver(ticket: Ticket, begun: Decoded, results: Callable[[], list[Any]]) -> None:
+    try:
+        ticket.finish(Decoded(begun.encoder_attention, results()))
+    except InvalidRequestError as error:
+        ticket.fail(error)
+
+
+def _begun(ticket: Ticket, attention: Any, index: int) -> Decoded:
+    if attention is None or "encoder" not in ticket.job.attention:
+        return Decoded(None, [])
+    length = len(ticket.job.source)
+    cut: Float[np.ndarray, "layer head source source"] = attention[index, :, :, :length, :length]
+    return Decoded(cut, [])
+
+
+def _only(families: frozenset[Family], hypothesis: Hypothesis) -> Hypothesis:
+    """What was asked for, where a batch mate asked for more."""
+    return dataclasses.replace(
+        hypothesis,
+        cross_attention=hypothesis.cross_attention if "cross" in families else None,
+        decoder_attention=hypothesis.decoder_attention if "decoder" in families else None,
+    )
+
+
+def _fail(tickets: Sequence[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.fail(EngineError("the engine failed on this batch"))

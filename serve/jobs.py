@@ -1,0 +1,120 @@
+"""What goes into the engine and what comes out, in tokens and arrays. It knows no gRPC."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from model.hypotheses import Hypothesis, Node
+from model.options import SearchOptions
+from model.steps import NO_FAMILIES, Family
+
+Settled = Callable[["Decoded", Sequence[Node]], None]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the engine gives back.
+
+    Attributes:
+        encoder_attention: [layer, head, source, source], padding cut off; None where it was not asked for.
+        hypotheses: best first; empty while a stream is still under way.
+    """
+
+    encoder_attention: Float[np.ndarray, "layer head source source"] | None
+    hypotheses: list[Hypothesis]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One request, in tokens.
+
+    Attributes:
+        source: ids, the end token last.
+        options: how to search.
+        target: ids to score instead of searching, the end token last.
+        attention: families to return.
+        deadline: second of `time.monotonic` after which nobody wants the answer any more.
+        on_settled: called from the engine's thread after each step with all tokens that are certain by then.
+    """
+
+    source: list[int]
+    options: SearchOptions
+    target: list[int] | None = None
+    attention: frozenset[Family] = NO_FAMILIES
+    deadline: float | None = None
+    on_settled: Settled | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of source and target that its rows can come to keep."""
+        return self.options.beam_size * (len(self.source) + self.options.longest)
+
+    @property
+    def side(self) -> int:
+        """Tokens of the source or of a given target, whichever is more."""
+        return max(len(self.source), len(self.target or ()))
+
+    def attention_size(self, age: int = 0) -> int:
+        """Weights of one head that are kept for it when so many tokens are generated."""
+        return self.options.beam_size * max(self.side, age) ** 2 if self.attention else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """What the engine takes on at a time."""
+
+    queue: int = 1024
+    """Most requests waiting; one more is refused."""
+    rows: int = 64
+    """Most rows (sentences times beams) decoded together."""
+    encode_tokens: int = 2048
+    """Most padded source tokens that are read between two decoder steps: what running rows wait for at most."""
+    tokens: int = 128 * 1024
+    """Most tokens of source and target, over all rows, that keys and values can come to be kept of: each row counts
+    with its longest answer. A single request may have more."""
+    attention: int = 8 * 1024 * 1024
+    """Weights of one attention head kept for answers under way (rows times the square of the longer side, of requests
+    that asked for any) beyond which no more are let in."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A job on its way.
+
+    Attributes:
+        future: its result, or what went wrong.
+    """
+
+    job: Job
+    future: "Future[Decoded]" = field(default_factory=Future)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Give the job up: it leaves the queue, or its batch at the next step. Harmless when it is done."""
+        self._cancelled.set()
+        self.future.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits for it any more."""
+        return self._cancelled.is_set()
+
+    @property
+    def expired(self) -> bool:
+        """Its deadline has passed."""
+        return self.job.deadline is not None and time.monotonic() >= self.job.deadline
+
+    def finish(self, result: Decoded) -> None:
+        """Hand over the result, unless the job has failed or nobody waits for it."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        """Hand over an error, unless the job is done or nobody waits for it."""
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)

@@ -1,0 +1,186 @@
+"""Whoever comes, goes and gives up when: each answer of the batcher is the one that its request gets alone."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.errors import InvalidRequestError
+from model.search import Sampling, SearchOptions, score, search
+from model.steps import ALL_FAMILIES, StepModel
+from model.tokenizer import END
+from model.torch_steps import TorchStepModel
+from serve.batcher import Batcher
+from serve.bundle import load_model
+from serve.jobs import Decoded, EngineLimits, Job, Ticket
+from tests.model.toy import small_transformer
+from tests.reversal import Reversal
+
+TOLERANCES = {"log-probability": 2e-5, "attention": 2e-6}
+"""Largest difference between a float32 answer and the same one alone, as between other ways to one hypothesis."""
+
+LONGEST_SOURCE, LONGEST_TARGET, SMALLEST_VOCABULARY = 20, 18, 11
+
+WORDS = st.integers(4, SMALLEST_VOCABULARY - 1)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, and how it comes and goes.
+
+    Attributes:
+        job: the request.
+        after: steps after the one that arrived before it.
+        patience: steps after which its caller gives up; None for never.
+    """
+
+    job: Job
+    after: int
+    patience: int | None
+
+
+@st.composite
+def searches(draw: st.DrawFn) -> SearchOptions:
+    beam_size = draw(st.sampled_from([1, 1, 2, 3, 5]))
+    longest = draw(st.integers(1, LONGEST_TARGET))
+    return SearchOptions(
+        longest=longest,
+        shortest=draw(st.sampled_from([1, 1, 1, longest])),
+        beam_size=beam_size,
+        hypotheses=draw(st.integers(1, beam_size)),
+        length_penalty=draw(st.sampled_from([1.0, 0.0, 0.6])),
+        coverage_penalty=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        prefix=tuple(draw(st.lists(WORDS, max_size=min(2, longest - 1)))),
+        no_repeat_ngram=draw(st.sampled_from([0, 0, 2])),
+        suppressed=draw(st.frozensets(WORDS, max_size=2)),
+        sampling=draw(st.sampled_from([None, Sampling(seed=3, top_k=5)])) if beam_size == 1 else None,
+    )
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> Arrival:
+    options = draw(searches())
+    target = None
+    if draw(st.integers(0, 5)) == 0:
+        target = [*draw(st.lists(WORDS, max_size=LONGEST_TARGET - 1)), END]
+    return Arrival(
+        Job(
+            source=[*draw(st.lists(WORDS, max_size=LONGEST_SOURCE - 1)), END],
+            options=options,
+            target=target,
+            attention=draw(st.frozensets(st.sampled_from(sorted(ALL_FAMILIES)))),
+        ),
+        after=draw(st.integers(0, 6)),
+        patience=draw(st.none() | st.integers(0, 12)),
+    )
+
+
+def alone(model: StepModel, job: Job) -> Decoded:
+    """The answer without a batcher."""
+    encoder = model.encode(np.array([job.source]), np.ones((1, len(job.source)), bool)).encoder_attention
+    if job.target is None:
+        hypotheses = search(model, [job.source], [job.options], job.attention)[0]
+    else:
+        penalties = [job.options.length_penalty]
+        hypotheses = score(model, [job.source], [job.target], penalties, attention=job.attention)
+    assert encoder is not None
+    return Decoded(encoder[0] if "encoder" in job.attention else None, hypotheses)
+
+
+def run(model: StepModel, expected: Sequence[Arrival]) -> list[Ticket]:
+    """Let them come and go, until all is done."""
+    batcher, tickets, clock = Batcher(model, EngineLimits()), [Ticket(one.job) for one in expected], 0
+    arrives = np.cumsum([one.after for one in expected])
+    while clock <= arrives[-1] or batcher.busy:
+        come = [ticket for ticket, time in zip(tickets, arrives, strict=True) if time == clock]
+        for scored in (False, True):
+            if together := [ticket for ticket in come if (ticket.job.target is not None) == scored]:
+                batcher.admit(together)
+        for ticket, one, time in zip(tickets, expected, arrives, strict=True):
+            if one.patience is not None and time + one.patience == clock:
+                ticket.cancel()
+        batcher.step()
+        clock += 1
+    assert batcher.rows == 0
+    return tickets
+
+
+def differences(found: Decoded, expected: Decoded) -> dict[str, float]:
+    """How far two answers are from each other, equal in tokens."""
+    pairs: dict[str, list[tuple[Any, Any]]] = {
+        "log-probability": [],
+        "attention": [(found.encoder_attention, expected.encoder_attention)],
+    }
+    for one, other in zip(found.hypotheses, expected.hypotheses, strict=True):
+        assert (one.tokens, one.finish_reason) == (other.tokens, other.finish_reason)
+        pairs["log-probability"] += [(one.log_probabilities, other.log_probabilities), (one.score, other.score)]
+        for family in ("cross_attention", "decoder_attention"):
+            pairs["attention"].append((getattr(one, family), getattr(other, family)))
+    return {name: max((_distance(*pair) for pair in both), default=0.0) for name, both in pairs.items()}
+
+
+def _distance(left: Any, right: Any) -> float:
+    assert (left is None) == (right is None)
+    assert np.shape(left) == np.shape(right)
+    return 0.0 if left is None or np.array_equal(left, right) else float(np.abs(np.subtract(left, right)).max())
+
+
+def answered(work: Callable[[], Decoded]) -> Decoded | str:
+    """An answer, or why there is none."""
+    try:
+        return work()
+    except InvalidRequestError as error:
+        return str(error)
+
+
+def furthest(model: StepModel, expected: Sequence[Arrival]) -> dict[str, float]:
+    """Largest differences of all answers from those alone; whoever gave up in time has none."""
+    largest = dict.fromkeys(TOLERANCES, 0.0)
+    for ticket, one in zip(run(model, expected), expected, strict=True):
+        assert ticket.future.done()
+        if ticket.future.cancelled():
+            assert one.patience is not None
+            continue
+        answer, reference = answered(ticket.future.result), answered(functools.partial(alone, model, one.job))
+        if isinstance(answer, Decoded) and isinstance(reference, Decoded):
+            found = differences(answer, reference)
+            largest = {name: max(largest[name], found[name]) for name in found}
+        else:
+            assert answer == reference
+    return largest
+
+
+WHOEVER_COMES = st.lists(arrivals(), min_size=1, max_size=7)
+
+
+@pytest.fixture(scope="module")
+def torch_model() -> StepModel:
+    return TorchStepModel(small_transformer(norm="pre"))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(expected=WHOEVER_COMES)
+def test_an_answer_is_the_one_that_its_request_gets_alone(torch_model: StepModel, expected: list[Arrival]) -> None:
+    found = furthest(torch_model, expected)
+    assert all(found[name] <= TOLERANCES[name] for name in found), found
+
+
+@pytest.fixture(scope="module")
+def int8_model(reversal: Reversal) -> StepModel:
+    return load_model(reversal.bundle, provider="cpu", precision="int8", threads=1).steps
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(expected=WHOEVER_COMES)
+def test_int8_graphs_give_it_bit_for_bit_to_those_who_come_together(
+    int8_model: StepModel, expected: list[Arrival]
+) -> None:
+    """Who joins others later has its past in other columns, and sums of float32 depend on their order."""
+    together = [dataclasses.replace(one, after=0) for one in expected]
+    assert furthest(int8_model, together)["log-probability"] == 0

@@ -1,0 +1,174 @@
+"""What fails, fails alone: sources that cannot be read, a step, or options that leave nothing to say."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.errors import InvalidRequestError
+from model.search import SearchOptions
+from model.steps import Array, Memory, Question, Step
+from model.tokenizer import END
+from serve.engine import Engine
+from serve.errors import EngineError
+from serve.jobs import EngineLimits, Ticket
+from tests.serve.jobs import EVERY_WORD, LONG, MIDDLE, SHORT, MakeEngine, alone, job, occupied, result, same, tokens
+from tests.serve.running import PATIENCE
+from tests.serve.steps import Echo, Gated
+
+UNREADABLE = 11
+BAD, STEADY = [UNREADABLE, 4, 4, 4, END], [5, 6, 7, 8, 9, 4, 5, END]
+
+Start = Callable[[Echo], tuple[Engine, Gated]]
+
+
+class FailingEncoder(Echo):
+    """Cannot encode one of the tokens."""
+
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
+        if (source_ids == UNREADABLE).any():
+            raise RuntimeError("secret of the runtime")
+        return super().encode(source_ids, source_mask, attention)
+
+
+class FailingDecoder(Echo):
+    """Cannot decode from one of the tokens, once so many were generated."""
+
+    def __init__(self, after: int = 0) -> None:
+        self._after = after
+
+    def step(self, question: Question) -> Step:
+        bad = (question.memory.tensors[0] == UNREADABLE).any(1)
+        if (question.positions[bad] >= self._after).any():
+            raise RuntimeError("secret of the runtime")
+        return super().step(question)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Engines on gated steps, which must be alive in the end."""
+    started: list[tuple[Engine, Gated]] = []
+
+    def begin(model: Echo) -> tuple[Engine, Gated]:
+        steps = Gated(model)
+        started.append((Engine(steps, EngineLimits()), steps))
+        return started[-1]
+
+    yield begin
+    for engine, steps in started:
+        steps.open()
+        assert engine.alive
+        assert engine.stop(PATIENCE)
+
+
+def assert_failed(*tickets: Ticket) -> None:
+    for ticket in tickets:
+        with pytest.raises(EngineError, match=r"^the engine failed on this batch$"):
+            result(ticket)
+
+
+@pytest.mark.parametrize("target", [None, SHORT], ids=["search", "score"])
+@pytest.mark.parametrize("model", [FailingEncoder(), FailingDecoder()], ids=["encoder", "decoder"])
+def test_a_failing_model_fails_its_batch_alone(
+    start: Start, caplog: pytest.LogCaptureFixture, model: Echo, target: list[int] | None
+) -> None:
+    engine, steps = start(model)
+    first = occupied(engine, steps, STEADY)
+    bad = [engine.submit(job(source, beam_size=2, target=target)) for source in (MIDDLE, BAD)]
+    with caplog.at_level(logging.CRITICAL):
+        steps.let(3)
+        assert_failed(*bad)
+    later = [engine.submit(job(MIDDLE, 2, 2)), engine.submit(job(MIDDLE, target=SHORT))]
+    assert not first.future.done()
+    steps.open()
+    assert same(result(first).hypotheses, alone(STEADY, 1))
+    assert same(result(later[0]).hypotheses, alone(MIDDLE, 2))
+    assert tokens(later[1]) == SHORT
+
+
+def test_a_failing_step_fails_what_is_decoded_in_it_and_nothing_else(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, steps = start(FailingDecoder(after=2))
+    first = occupied(engine, steps, STEADY)
+    bad, mate, finished = (engine.submit(job(source, beam_size=1)) for source in (BAD, MIDDLE, SHORT))
+    aside = engine.submit(job(MIDDLE, 3, 3))
+    with caplog.at_level(logging.CRITICAL):
+        steps.open()
+        assert_failed(first, bad, mate)
+    assert tokens(finished) == SHORT
+    assert same(result(aside).hypotheses, alone(MIDDLE, 3))
+    assert same(result(engine.submit(job(LONG[:6]))).hypotheses, alone(LONG[:6], 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [(FailingEncoder(), "a batch of 1 could not be read"), (FailingDecoder(), "a step of 2 rows failed")],
+    ids=["encoder", "decoder"],
+)
+def test_what_failed_is_in_the_log(start: Start, caplog: pytest.LogCaptureFixture, model: Echo, said: str) -> None:
+    engine, steps = start(model)
+    steps.open()
+    assert_failed(engine.submit(job(BAD, 2)))
+    assert said in caplog.text
+    assert "secret of the runtime" in caplog.text
+
+
+NOTHING_LEFT: dict[str, tuple[dict[str, Any], int]] = {
+    "every word suppressed": ({"shortest": 2, "suppressed": EVERY_WORD}, 0),
+    "no word twice": ({"shortest": 16, "no_repeat_ngram": 1}, len(EVERY_WORD)),
+}
+"""Options, and after how many tokens they rule out every other one."""
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("what", NOTHING_LEFT)
+def test_options_that_rule_out_every_token_fail_alone(
+    make_engine: MakeEngine, steps: Gated, what: str, beam_size: int
+) -> None:
+    choices, count = NOTHING_LEFT[what]
+    options = SearchOptions(longest=16, beam_size=beam_size, **choices)
+    engine = make_engine()
+    occupied(engine, steps)
+    told: list[int] = []
+    mates = [engine.submit(job(LONG, beam_size, beam_size))]
+    impossible = [
+        engine.submit(job(MIDDLE, options=options)),
+        engine.submit(job(MIDDLE, options=options, on_settled=lambda _, nodes: told.append(len(nodes)))),
+    ]
+    mates.append(engine.submit(job(LONG, beam_size, beam_size)))
+    steps.open()
+    message = f"^search: after {count} tokens every other one is ruled out: suppress fewer, or allow repeats$"
+    for ticket in impossible:
+        with pytest.raises(InvalidRequestError, match=message):
+            result(ticket)
+    for mate in mates:
+        assert same(result(mate).hypotheses, alone(LONG, beam_size))
+    assert len(told) == count + 1
+    assert told == sorted(told)
+
+
+class NoNumber(Echo):
+    """Cannot say how likely anything is after one of the tokens, as graphs whose values overflowed."""
+
+    def step(self, question: Question) -> Step:
+        step = super().step(question)
+        bad = (question.memory.tensors[0] == UNREADABLE).any(1)
+        values = np.where(bad[:, None, None], np.float32(np.nan), step.top_log_probabilities)
+        return dataclasses.replace(step, top_log_probabilities=values)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(InvalidRequestError, pytest.fail.Exception),
+    reason="model.search takes NaN for a likely token when greedy, and for one ruled out in a beam",
+)
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_model_that_gives_no_number_is_no_fault_of_the_request(start: Start, beam_size: int) -> None:
+    engine, steps = start(NoNumber())
+    steps.open()
+    with pytest.raises(EngineError):
+        result(engine.submit(job(BAD, beam_size)))
