@@ -7,8 +7,9 @@ from typing import TypeAlias
 from export.manifest import Precision as Graphs
 from export.manifest import read_manifest
 from export.runtime import OnnxStepModel, RuntimeOptions
+from model.reading import read
 from model.search import Decoding, Hypothesis, SearchOptions
-from model.steps import Family, pad
+from model.steps import Family
 
 GRAPHS: dict[str, Graphs] = {"float32": "fp32", "int8": "int8"}
 """What a bundle calls the precisions of the benchmark."""
@@ -28,7 +29,7 @@ def decode_ours(
 ) -> list[list[Hypothesis]]:
     """Decode one batch, with some families of attention: encoder attention is computed and handed over too."""
     decoding = Decoding(model, options[0].beam_size)
-    memory = model.encode(*pad(sources), attention="encoder" in families)
+    memory = read(model, sources, attention="encoder" in families)
     sentences = decoding.join(memory, range(len(sources)), options, [families] * len(sources))
     while decoding.sentences:
         decoding.step()

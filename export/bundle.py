@@ -28,6 +28,7 @@ from export.manifest import (
     describe_file,
 )
 from export.onnx_writer import OPSET, finish, save_graphs, trace
+from export.optimise import optimise
 from export.quantise import quantise
 from export.runtime import OnnxStepModel
 from export.verify import Parity, verify
@@ -39,6 +40,9 @@ from model.pairs import Pair
 
 VERSIONED = ("limelight", "torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 """Packages whose versions the manifest records."""
+
+POSITIONS = {"encoder": "source_ids", "decoder": "target_ids", "search step": "carried.totals"}
+"""Of each traced graph, an input with one entry for every position that its rows stand for."""
 
 Told = Callable[[str, int], None]
 
@@ -102,6 +106,7 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[
     for name, module in exported.items():
         progress(f"tracing the {name}", 0)
         traced[name] = trace(module)
+        optimise(traced[name], POSITIONS[name])
     progress("quantising", 0)
     quantised = {name: quantise(model) for name, model in traced.items()}
     specs: dict[Precision, Graphs] = {}

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch.export import Dim
 from torch.utils._pytree import tree_map_with_path
 
 from export.graphs import LOG_PROBABILITIES, TOP_INPUT, TOP_OUTPUTS, Exported, wanted_input
 from export.manifest import TensorSpec
+from export.optimise import best_tokens, reads
 from model.options import LARGEST_BEAM
 
 OPSET = 18
@@ -68,7 +70,7 @@ def finish(model: ModelProto, exported: Exported) -> Exported:
     outputs: list[TensorSpec] = []
     for spec in exported.outputs:
         if spec.name == LOG_PROBABILITIES:
-            _add_top(model)
+            _add_top(model, int(spec.axes[-1]))
             outputs += TOP_OUTPUTS
         else:
             outputs.append(spec)
@@ -83,11 +85,20 @@ def finish(model: ModelProto, exported: Exported) -> Exported:
     return exported._replace(inputs=inputs, outputs=tuple(outputs))
 
 
-def _add_top(model: ModelProto) -> None:
-    outputs = [spec.name for spec in TOP_OUTPUTS]
-    model.graph.node.append(
-        helper.make_node("TopK", [LOG_PROBABILITIES, TOP_INPUT.name], outputs, "top_k", axis=-1, largest=1, sorted=1)
+def _add_top(model: ModelProto, vocabulary: int) -> None:
+    rows, best = "log_probability_rows", [f"{spec.name}_rows" for spec in TOP_OUTPUTS]
+    everything = numpy_helper.from_array(np.array([-1, vocabulary]), "vocabulary_rows")
+    model.graph.initializer.append(everything)
+    model.graph.node.extend(
+        [
+            helper.make_node("Reshape", [LOG_PROBABILITIES, everything.name], [rows]),
+            *best_tokens(rows, TOP_INPUT.name, best, vocabulary),
+            helper.make_node("Shape", [LOG_PROBABILITIES], ["batch_query"], start=0, end=2),
+            helper.make_node("Concat", ["batch_query", TOP_INPUT.name], ["batch_query_top"], axis=0),
+        ]
     )
+    for made, spec in zip(best, TOP_OUTPUTS, strict=True):
+        model.graph.node.append(helper.make_node("Reshape", [made, "batch_query_top"], [spec.name]))
 
 
 def _add_switch(model: ModelProto, spec: TensorSpec) -> None:
@@ -111,7 +122,7 @@ def _add_switch(model: ModelProto, spec: TensorSpec) -> None:
 def needed_alone(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
     """Nodes whose results go into this output and nowhere else, in order."""
     results = {value.name for value in graph.output} - {output}
-    readers = Counter(_reads(graph))
+    readers = Counter(reads(graph))
     inside: set[str] = set() if readers[output] else {output}
     alone: list[onnx.NodeProto] = []
     for node in reversed(graph.node):
@@ -125,15 +136,6 @@ def needed_alone(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
     if not alone:
         raise RuntimeError(f"{output} cannot be switched: it is computed for something else too")
     return alone[::-1]
-
-
-def _reads(graph: onnx.GraphProto) -> Iterator[str]:
-    """What nodes take in, once for each time, in the branches of an If too."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _reads(attribute.g)
 
 
 def save_graphs(folder: Path, models: dict[str, ModelProto]) -> None:
@@ -156,7 +158,7 @@ def save_graphs(folder: Path, models: dict[str, ModelProto]) -> None:
 
 
 def _move_out(tensor: TensorProto, file: Any, offsets: dict[str, int]) -> None:
-    content = onnx.numpy_helper.to_array(tensor).tobytes()
+    content = numpy_helper.to_array(tensor).tobytes()
     if len(content) < SMALLEST_EXTERNAL:
         return
     digest = hashlib.sha256(content).hexdigest()

@@ -50,7 +50,7 @@ def quantise(model: ModelProto) -> ModelProto:
     rows: set[str] = set()
     added: dict[str, Array] = dict(_CONSTANTS)
     for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights | transposed:
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights | transposed:
             nodes += _quantised_rows(node.input[0]) if node.input[0] not in rows else []
             rows.add(node.input[0])
             table = transposed.get(node.input[1])
@@ -82,12 +82,17 @@ def _product(node: NodeProto, weight: Array, table: str | None, added: dict[str,
         turned = [helper.make_node("Transpose", [f"{table}_table"], [levels], perm=[1, 0])]
     # Of each product its own, so that the runtime finds the three nodes of its pattern with nobody else looking on.
     dequantised = [f"{x}_levels", "quantise_scale", "quantise_zero"]
+    product, biased = name, []
+    if node.op_type == "Gemm":
+        product = f"{name}_unbiased"
+        biased = [helper.make_node("Add", [product, node.input[2]], [name])]
     return [
         *turned,
         helper.make_node("DequantizeLinear", dequantised, [f"{name}_left"]),
         helper.make_node("DequantizeLinear", [levels, f"{name}_scale", f"{name}_zero"], [f"{name}_right"], axis=1),
         helper.make_node("MatMul", [f"{name}_left", f"{name}_right"], [f"{name}_part"]),
-        helper.make_node("Mul", [f"{name}_part", f"{x}_largest"], [name]),
+        helper.make_node("Mul", [f"{name}_part", f"{x}_largest"], [product]),
+        *biased,
     ]
 
 

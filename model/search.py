@@ -21,6 +21,7 @@ from model.constraints import rule_out_unwritable
 from model.grid import Grid
 from model.hypotheses import Chain, Hypothesis, Node
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
+from model.reading import read
 from model.sentence import Sentence
 from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, StepModel, causal, pad
 from model.tokenizer import BEGIN, END
@@ -282,7 +283,7 @@ def search(
         For each sentence its n best hypotheses, best first.
     """
     decoding = Decoding(model, options[0].beam_size)
-    memory = model.encode(*pad(sources), attention=False)
+    memory = read(model, sources)
     sentences = decoding.join(memory, range(len(sources)), options, [attention] * len(sources))
     while decoding.sentences:
         decoding.step()
@@ -319,7 +320,7 @@ def score(
             past_visible=np.zeros((count, length, 1), bool),  # one column that nobody sees: no axis is ever empty
             next_ids=next_ids,
             top=1,
-            memory=memory or model.encode(*pad(sources), attention=False),
+            memory=memory or read(model, sources),
             state=tuple(
                 np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), np.float32)
                 for kept in model.state

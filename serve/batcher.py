@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from model.errors import InvalidRequestError
+from model.reading import read
 from model.search import Decoding, Hypothesis, Sentence, score
-from model.steps import Family, StepModel, pad
+from model.steps import Family, StepModel
 from serve.errors import EngineError, ExpiredError
 from serve.jobs import Decoded, EngineLimits, Ticket
 
@@ -69,7 +70,7 @@ class Batcher:
         sources = [ticket.job.source for ticket in tickets]
         wanted = any("encoder" in ticket.job.attention for ticket in tickets)
         try:
-            memory = self._model.encode(*pad(sources), attention=wanted)
+            memory = read(self._model, sources, attention=wanted)
             begun = [_begun(ticket, memory.encoder_attention, index) for index, ticket in enumerate(tickets)]
             if tickets[0].job.target is not None:
                 families = frozenset().union(*(ticket.job.attention for ticket in tickets))
