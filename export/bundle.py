@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 
+from export.calibrate import calibrate, renamed
 from export.generate import GENERATE, assemble, generate_spec, save_generate, search_step
 from export.graphs import ExampleSizes, Exported, decoder_graph, encoder_graph
 from export.manifest import (
@@ -75,7 +76,7 @@ def export_bundle(
     checkpoint = load_checkpoint(checkpoint_folder)
     digest = describe_file(checkpoint_folder / WEIGHTS).sha256
     with atomic_folder(bundle) as folder:
-        graphs = _write_graphs(checkpoint, folder, progress)
+        graphs = _write_graphs(checkpoint, folder, pairs, progress)
         checkpoint.source.save(folder / SOURCE_TOKENIZER)
         checkpoint.target.save(folder / TARGET_TOKENIZER)
         if (checkpoint_folder / CARD).is_file():
@@ -95,7 +96,9 @@ def _refuse_to_replace(bundle: Path) -> None:
         raise BundleError(f"{bundle}: is there already and is no bundle: name a new folder, or remove it first")
 
 
-def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[Precision, Graphs]:
+def _write_graphs(
+    checkpoint: Checkpoint, folder: Path, pairs: Sequence[Pair], progress: Told
+) -> dict[Precision, Graphs]:
     sizes = ExampleSizes()
     exported = {
         "encoder": encoder_graph(checkpoint.model, len(checkpoint.source), sizes),
@@ -107,8 +110,11 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[
         progress(f"tracing the {name}", 0)
         traced[name] = trace(module)
         optimise(traced[name], POSITIONS[name])
+    progress("looking at the values of real pairs", 0)
+    ranges = calibrate({name: traced[name] for name in ("encoder", "decoder")}, exported, checkpoint, pairs)
+    ranges["search step"] = renamed(ranges["decoder"], traced["decoder"].graph, traced["search step"].graph)
     progress("quantising", 0)
-    quantised = {name: quantise(model) for name, model in traced.items()}
+    quantised = {name: quantise(model, ranges[name]) for name, model in traced.items()}
     specs: dict[Precision, Graphs] = {}
     precisions: dict[Precision, dict[str, onnx.ModelProto]] = {"fp32": traced, "int8": quantised}
     for precision, models in precisions.items():

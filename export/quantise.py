@@ -1,64 +1,55 @@
 """int8 graphs in standard operators, such that no row's result depends on the rows beside it.
 
-    x ── / its row's largest ── QuantizeLinear ── DequantizeLinear ──┐
-                    │                                                MatMul ── · its row's largest ──►
-                    │              int8 weights ── DequantizeLinear ──┘   │
-                    └──────────────────────────────────────────────────────┘
+    x ── QuantizeLinear ── DequantizeLinear ──┐
+              │    │                        Gemm ──►
+         its range │    int8 weights ── DequantizeLinear ──┘
 
-ONNX Runtime turns the three in the middle into one integer product. Weights have a scale for each output channel,
-activations one for each row, so that what a sentence shares its batch with changes nothing, not a bit.
+ONNX Runtime turns the last three into one integer product. Weights have a scale for each output channel. Activations
+have one for each tensor, known beforehand (`export.calibrate`): so that what a sentence shares its batch with changes
+nothing, and that a step does not have to look for it.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 Array: TypeAlias = np.ndarray[Any, Any]
+
+Ranges: TypeAlias = Mapping[str, tuple[float, float]]
+"""Lowest and highest value of tensors; what lies beyond is cut off."""
 
 WEIGHT_LEVELS = 63
 """Weights have seven bits: on processors without VNNI, the sum of two products of eight bits can overflow."""
 
-ACTIVATION_LEVELS = 127
-"""Activations have eight, around a zero of 128."""
-
-LEAST = 1e-9
-"""What a row of zeros is divided by."""
-
-_CONSTANTS: dict[str, Array] = {
-    "quantise_axis": np.array([-1], np.int64),
-    "quantise_least": np.array(LEAST, np.float32),
-    "quantise_scale": np.array(1 / ACTIVATION_LEVELS, np.float32),
-    "quantise_zero": np.array(128, np.uint8),
-}
+LEVELS = 255
+"""Steps of an activation's eight bits."""
 
 
-def quantise(model: ModelProto) -> ModelProto:
+def quantise(model: ModelProto, ranges: Ranges) -> ModelProto:
     """The same graph with int8 weights in its matrix products and embeddings.
 
     Args:
-        model: a traced float32 graph, its weights inside; it is left as it is.
+        model: a traced and optimised float32 graph, its weights inside; it is left as it is.
+        ranges: of each of `product_inputs`.
     """
     quantised = ModelProto()
     quantised.CopyFrom(model)
     graph = quantised.graph
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) == 2}
-    transposed = {
-        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights
-    }
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    turned, weights = _turned(graph), _weights(graph)
     nodes: list[NodeProto] = []
-    rows: set[str] = set()
-    added: dict[str, Array] = dict(_CONSTANTS)
+    added: dict[str, Array] = {}
     for node in graph.node:
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights | transposed:
-            nodes += _quantised_rows(node.input[0]) if node.input[0] not in rows else []
-            rows.add(node.input[0])
-            table = transposed.get(node.input[1])
-            weight = weights[node.input[1]] if table is None else weights[table].T
-            nodes += _product(node, weight, table, added)
-        elif node.op_type == "Gather" and node.input[0] in weights:
-            nodes += _lookup(node, weights[node.input[0]], added)
-        elif node.output[0] not in transposed:
+        if _is_product(node, weights):
+            x = node.input[0]
+            if f"{x}_scale" not in added:
+                nodes.append(_levels_of(x, ranges[x], added))
+            nodes += _product(node, values, turned, added)
+        elif node.op_type == "Gather" and values.get(node.input[0], np.zeros(0)).ndim == 2:
+            nodes += _lookup(node, values[node.input[0]], added)
+        elif node.output[0] not in turned:
             nodes.append(node)
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
@@ -69,40 +60,66 @@ def quantise(model: ModelProto) -> ModelProto:
     return quantised
 
 
-def _product(node: NodeProto, weight: Array, table: str | None, added: dict[str, Array]) -> list[NodeProto]:
+def product_inputs(graph: GraphProto) -> list[str]:
+    """Tensors that go into products with weights, in order, each once."""
+    weights = _weights(graph)
+    return list(dict.fromkeys(node.input[0] for node in graph.node if _is_product(node, weights)))
+
+
+def _weights(graph: GraphProto) -> set[str]:
+    return {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2} | _turned(graph).keys()
+
+
+def _turned(graph: GraphProto) -> dict[str, str]:
+    """Tables of embeddings that are weights too, the other way round: their names then, and now."""
+    tables = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    return {
+        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in tables
+    }
+
+
+def _is_product(node: NodeProto, weights: set[str]) -> bool:
+    return node.op_type in ("MatMul", "Gemm") and node.input[1] in weights
+
+
+def _levels_of(x: str, between: tuple[float, float], added: dict[str, Array]) -> NodeProto:
+    """Eight bits for each value of a tensor; zero is exactly one of the levels."""
+    low, high = between
+    scale = (high - low) / LEVELS
+    added |= {f"{x}_scale": np.array(scale, np.float32), f"{x}_zero": np.array(round(-low / scale), np.uint8)}
+    return helper.make_node("QuantizeLinear", [x, f"{x}_scale", f"{x}_zero"], [f"{x}_levels"])
+
+
+def _product(
+    node: NodeProto, values: Mapping[str, Array], turned: Mapping[str, str], added: dict[str, Array]
+) -> list[NodeProto]:
     """A product whose weights are its own, or those of an embedding table, the other way round."""
-    x, name = node.input[0], node.output[0]
+    x, name, table = node.input[0], node.output[0], turned.get(node.input[1])
+    weight = values[node.input[1]] if table is None else values[table].T
     scale = _scale(weight, 0)
-    added |= {f"{name}_scale": scale, f"{name}_zero": np.zeros(len(scale), np.int8)}
-    levels, turned = f"{name}_weight", []
+    added |= {f"{name}_scales": scale, f"{name}_zeros": np.zeros(len(scale), np.int8)}
+    levels, nodes = f"{name}_weight", []
     if table is None:
         added[levels] = _levels(weight, scale)
     else:
         added[f"{table}_table"] = _levels(weight, scale).T.copy()
-        turned = [helper.make_node("Transpose", [f"{table}_table"], [levels], perm=[1, 0])]
-    # Of each product its own, so that the runtime finds the three nodes of its pattern with nobody else looking on.
-    dequantised = [f"{x}_levels", "quantise_scale", "quantise_zero"]
-    product, biased = name, []
-    if node.op_type == "Gemm":
-        product = f"{name}_unbiased"
-        biased = [helper.make_node("Add", [product, node.input[2]], [name])]
-    return [
-        *turned,
-        helper.make_node("DequantizeLinear", dequantised, [f"{name}_left"]),
-        helper.make_node("DequantizeLinear", [levels, f"{name}_scale", f"{name}_zero"], [f"{name}_right"], axis=1),
-        helper.make_node("MatMul", [f"{name}_left", f"{name}_right"], [f"{name}_part"]),
-        helper.make_node("Mul", [f"{name}_part", f"{x}_largest"], [product]),
-        *biased,
+        nodes = [helper.make_node("Transpose", [f"{table}_table"], [levels], perm=[1, 0])]
+    # Of each product its own, so that the runtime finds the nodes of its pattern with nobody else looking on.
+    left, right = f"{name}_left", f"{name}_right"
+    nodes += [
+        helper.make_node("DequantizeLinear", [f"{x}_levels", f"{x}_scale", f"{x}_zero"], [left]),
+        helper.make_node("DequantizeLinear", [levels, f"{name}_scales", f"{name}_zeros"], [right], axis=1),
     ]
-
-
-def _quantised_rows(x: str) -> list[NodeProto]:
+    if node.op_type == "MatMul":
+        return [*nodes, helper.make_node("MatMul", [left, right], [name])]
+    bias = f"{name}_bias"
+    scales = (scale * added[f"{x}_scale"]).astype(np.float32)
+    added |= {f"{bias}_scales": scales, f"{bias}_zeros": np.zeros(len(scale), np.int32)}
+    added[f"{bias}_levels"] = np.rint(values[node.input[2]] / scales).astype(np.int32)
     return [
-        helper.make_node("Abs", [x], [f"{x}_magnitude"]),
-        helper.make_node("ReduceMax", [f"{x}_magnitude", "quantise_axis"], [f"{x}_most"], keepdims=1),
-        helper.make_node("Max", [f"{x}_most", "quantise_least"], [f"{x}_largest"]),
-        helper.make_node("Div", [x, f"{x}_largest"], [f"{x}_unit"]),
-        helper.make_node("QuantizeLinear", [f"{x}_unit", "quantise_scale", "quantise_zero"], [f"{x}_levels"]),
+        *nodes,
+        helper.make_node("DequantizeLinear", [f"{bias}_levels", f"{bias}_scales", f"{bias}_zeros"], [bias], axis=0),
+        helper.make_node("Gemm", [left, right, bias], [name]),
     ]
 
 
