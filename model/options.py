@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model.errors import InvalidRequestError
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 
 LARGEST_BEAM = 16
 """Most hypotheses kept at a time: beyond it, beam search costs more and finds worse answers."""

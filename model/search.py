@@ -23,7 +23,7 @@ from model.hypotheses import Chain, Hypothesis, Node
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.sentence import Sentence
 from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, StepModel, causal, pad
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 
 __all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "SearchOptions", "Sentence", "score", "search"]
 

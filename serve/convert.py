@@ -12,7 +12,8 @@ from export.manifest import FamilyShape, Manifest
 from model.errors import InvalidRequestError
 from model.search import Hypothesis, Sampling, SearchOptions
 from model.steps import Family
-from model.tokenizer import UNKNOWN, Token, Tokenizer
+from model.tokenizer import Token, Tokenizer
+from model.vocabulary import UNKNOWN
 from serve.jobs import Job, Settled
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 

@@ -5,7 +5,7 @@ import pytest
 
 from model.errors import InvalidRequestError
 from model.options import LARGEST_BEAM, LARGEST_SEED, MOST_SUPPRESSED, Sampling, SearchOptions
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 from tests.model.searching import options
 
 SAMPLING = Sampling()

@@ -6,7 +6,7 @@ import pytest
 
 from model.search import Decoding, Node, Sentence, score, search
 from model.steps import ALL_FAMILIES, Array, Family, pad
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 from tests.model.searching import FAMILIES, SOURCES, alone, assert_same, beam_search_in_loops, options, steps
 from tests.model.steps import RowModel, SeedModel
 

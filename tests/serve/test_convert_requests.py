@@ -8,7 +8,8 @@ import pytest
 from model.config import TokenizerConfig
 from model.errors import InvalidRequestError
 from model.search import Sampling, SearchOptions
-from model.tokenizer import END, Token, Tokenizer
+from model.tokenizer import Token, Tokenizer
+from model.vocabulary import END
 from serve.convert import Asked, attention_wanted, encode_text, refuse_unknown_fields, search_options
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from tests.serve.attention import CROSS, DECODER, ENCODER, MODEL, SHAPES, model_with

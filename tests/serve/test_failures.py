@@ -11,7 +11,7 @@ import pytest
 from model.errors import InvalidRequestError
 from model.search import SearchOptions
 from model.steps import Array, Memory, Question, Step
-from model.tokenizer import END
+from model.vocabulary import END
 from serve.engine import Engine
 from serve.errors import EngineError
 from serve.jobs import EngineLimits, Ticket
