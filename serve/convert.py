@@ -60,10 +60,11 @@ class Asked:
     options: SearchOptions
     wanted: AttentionWanted
 
-    def job(self, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
+    def job(self, deadline: float | None, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
         """For the engine.
 
         Args:
+            deadline: as in `Job`.
             target: ids to score instead of searching.
             on_settled: told of tokens as they become certain.
         """
@@ -72,6 +73,7 @@ class Asked:
             options=self.options,
             target=target,
             attention=frozenset(self.wanted.families),
+            deadline=deadline,
             on_settled=on_settled,
         )
 
