@@ -28,7 +28,7 @@ class Sampling:
     """Draw each token instead of taking the best.
 
     Raises:
-        InvalidRequestError: a value is out of its range.
+        InvalidRequestError: a value is out of its range; wherever it is found, named as a request has it, by its path.
     """
 
     temperature: float = 1.0
@@ -41,10 +41,10 @@ class Sampling:
     """The same seed draws the same answer."""
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.01, LARGEST_TEMPERATURE)
-        _check("top_k", self.top_k, 0, None)
-        _check("top_p", self.top_p, 1e-6, 1.0)
-        _check("seed", self.seed, 0, LARGEST_SEED)
+        _check("sampling.temperature", self.temperature, 0.01, LARGEST_TEMPERATURE)
+        _check("sampling.top_k", self.top_k, 0, None)
+        _check("sampling.top_p", self.top_p, 1e-6, 1.0)
+        _check("sampling.seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

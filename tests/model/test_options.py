@@ -56,15 +56,19 @@ def test_options_out_of_range_are_refused(choices: dict[str, object], field: str
 @pytest.mark.parametrize(
     ("choices", "field", "message"),
     [
-        ({"temperature": 0.0}, "temperature", "temperature: 0.0 is not from 0.01 to 100.0"),
-        ({"temperature": math.nan}, "temperature", "temperature: nan is not from 0.01 to 100.0"),
-        ({"temperature": 101.0}, "temperature", "temperature: 101.0 is not from 0.01 to 100.0"),
-        ({"top_k": -1}, "top_k", "top_k: -1 is not at least 0"),
-        ({"top_p": 0.0}, "top_p", "top_p: 0.0 is not from 1e-06 to 1.0"),
-        ({"top_p": 1.1}, "top_p", "top_p: 1.1 is not from 1e-06 to 1.0"),
-        ({"top_p": math.nan}, "top_p", "top_p: nan is not from 1e-06 to 1.0"),
-        ({"seed": -1}, "seed", "seed: -1 is not from 0 to 9223372036854775807"),
-        ({"seed": LARGEST_SEED + 1}, "seed", "seed: 9223372036854775808 is not from 0 to 9223372036854775807"),
+        ({"temperature": 0.0}, "sampling.temperature", "sampling.temperature: 0.0 is not from 0.01 to 100.0"),
+        ({"temperature": math.nan}, "sampling.temperature", "sampling.temperature: nan is not from 0.01 to 100.0"),
+        ({"temperature": 101.0}, "sampling.temperature", "sampling.temperature: 101.0 is not from 0.01 to 100.0"),
+        ({"top_k": -1}, "sampling.top_k", "sampling.top_k: -1 is not at least 0"),
+        ({"top_p": 0.0}, "sampling.top_p", "sampling.top_p: 0.0 is not from 1e-06 to 1.0"),
+        ({"top_p": 1.1}, "sampling.top_p", "sampling.top_p: 1.1 is not from 1e-06 to 1.0"),
+        ({"top_p": math.nan}, "sampling.top_p", "sampling.top_p: nan is not from 1e-06 to 1.0"),
+        ({"seed": -1}, "sampling.seed", "sampling.seed: -1 is not from 0 to 9223372036854775807"),
+        (
+            {"seed": LARGEST_SEED + 1},
+            "sampling.seed",
+            "sampling.seed: 9223372036854775808 is not from 0 to 9223372036854775807",
+        ),
     ],
     ids=str,
 )
