@@ -95,6 +95,16 @@ class SearchOptions:
         if self.sampling is not None and self.beam_size > 1:
             raise InvalidRequestError("sampling", f"draws one answer, beam_size={self.beam_size} searches: choose one")
 
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse ids that a vocabulary of so many entries does not have.
+
+        Raises:
+            InvalidRequestError: with the id and the limit.
+        """
+        for name, ids in (("prefix", self.prefix), ("suppressed", sorted(self.suppressed))):
+            for index in ids:
+                _check(name, index, 0, size - 1, " (ids of the vocabulary)")
+
 
 def _check(name: str, value: float, low: float, high: float | None, why: str = "") -> None:
     if not (low <= value and (high is None or value <= high)):  # so written that NaN fails

@@ -80,9 +80,14 @@ class Decoding:
 
         Returns:
             The sentences, in the order given.
+
+        Raises:
+            InvalidRequestError: an option names an id that the vocabulary does not have; nothing has joined.
         """
         if any(option.beam_size != self._width for option in options):
             raise ValueError(f"sentences of other beam sizes than {self._width} cannot share this batch")
+        for option in options:
+            option.check_vocabulary(self._model.vocabulary)
         self._grid.join(memory, indices)
         wanted = attention or [NO_FAMILIES] * len(indices)
         joined = [

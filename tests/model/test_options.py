@@ -91,3 +91,22 @@ def test_the_limits_themselves_are_allowed() -> None:
     )
     drawn = options(sampling=Sampling(temperature=0.01, top_k=0, top_p=1e-6, seed=LARGEST_SEED))
     assert (widest.shortest, drawn.beam_size) == (8, 1)
+
+
+OUTSIDE: dict[str, dict[str, object]] = {
+    "prefix: 9 is not from 0 to 8 (ids of the vocabulary)": {"prefix": (4, 9)},
+    "prefix: -1 is not from 0 to 8 (ids of the vocabulary)": {"prefix": (-1, 4)},
+    "suppressed: 9 is not from 0 to 8 (ids of the vocabulary)": {"suppressed": frozenset({4, 9, 10})},
+    "suppressed: -1 is not from 0 to 8 (ids of the vocabulary)": {"suppressed": frozenset({4, -1})},
+}
+
+
+@pytest.mark.parametrize("message", OUTSIDE)
+def test_ids_that_the_vocabulary_does_not_have_are_refused(message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{re.escape(message)}$") as caught:
+        options(**OUTSIDE[message]).check_vocabulary(9)
+    assert caught.value.field == message.partition(":")[0]
+
+
+def test_every_id_of_the_vocabulary_is_allowed() -> None:
+    options(prefix=(4, 8), suppressed=frozenset({0, 8})).check_vocabulary(9)

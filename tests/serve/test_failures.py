@@ -151,6 +151,20 @@ def test_options_that_rule_out_every_token_fail_alone(
     assert told == sorted(told)
 
 
+@pytest.mark.parametrize("choices", [{"prefix": (4, 12)}, {"suppressed": frozenset({12})}], ids=str)
+def test_ids_that_the_model_does_not_have_are_refused_alone(
+    make_engine: MakeEngine, steps: Gated, choices: dict[str, Any]
+) -> None:
+    engine, (field,) = make_engine(), choices
+    first = occupied(engine, steps)
+    with pytest.raises(InvalidRequestError, match=rf"^{field}: 12 is not from 0 to 11 \(ids of the vocabulary\)$"):
+        engine.submit(job(MIDDLE, options=SearchOptions(longest=16, **choices)))
+    mate = engine.submit(job(LONG))
+    steps.open()
+    assert [tokens(ticket) for ticket in (first, mate)] == [SHORT, LONG]
+    assert steps.batches == [1, 1]
+
+
 class NoNumber(Echo):
     """Cannot say how likely anything is after one of the tokens, as graphs whose values overflowed."""
 
