@@ -82,7 +82,8 @@ class Hypothesis:
     Attributes:
         text: the text.
         tokens: its tokens; the end token is last unless the longest length came first.
-        score: total log-probability / length ^ length penalty, what hypotheses are compared by.
+        score: total log-probability / length ^ length penalty, and the coverage term where one was asked for: what
+            hypotheses are compared by.
         log_probability: total, natural logarithm.
         finish_reason: why it ended.
         attention: "decoder" and "cross", as asked for.
