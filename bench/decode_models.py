@@ -26,9 +26,10 @@ from model.checkpoint import Checkpoint, build_model, load_checkpoint, save_chec
 from model.config import Cmudict07bData, CmudictData, Config, Data, parse_config
 from model.pairs import Pair, read_pairs, sample_pairs
 from model.search import SearchOptions, search
-from model.tokenizer import BEGIN, END, PAD, train_tokenizers
+from model.tokenizer import train_tokenizers
 from model.torch_steps import TorchStepModel
 from model.transformer import Transformer
+from model.vocabulary import BEGIN, END, PAD
 
 SENTENCES = 64
 """Sources of each model."""

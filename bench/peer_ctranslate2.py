@@ -26,7 +26,7 @@ import numpy as np
 from ctranslate2.specs.common_spec import Activation
 from ctranslate2.specs.transformer_spec import TransformerSpec
 
-from model.tokenizer import BEGIN, END, SPECIAL_TOKENS, UNKNOWN
+from model.vocabulary import BEGIN, END, SPECIAL_TOKENS, UNKNOWN
 
 if TYPE_CHECKING:  # whoever only runs a model needs no torch, and its memory is measured without it
     from model.transformer import Transformer

@@ -13,7 +13,7 @@ from export.runtime import RuntimeOptions
 from model.checkpoint import Checkpoint
 from model.pairs import Pair
 from model.steps import Array, causal, pad
-from model.tokenizer import BEGIN
+from model.vocabulary import BEGIN
 
 MOST_PAIRS = 256
 """Pairs that are looked at: the ranges of more differ by little."""

@@ -24,8 +24,8 @@ from export.search_step import Beams, SearchStep
 from model.attention import KeyValue
 from model.config import ModelConfig
 from model.steps import Array
-from model.tokenizer import BEGIN
 from model.transformer import Transformer
+from model.vocabulary import BEGIN
 
 GENERATE = "generate"
 """Name of the graph."""

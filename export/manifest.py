@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from model.config import Frozen, describe
 from model.errors import LimelightError
 from model.steps import Family
-from model.tokenizer import BEGIN, END, PAD, UNKNOWN
+from model.vocabulary import BEGIN, END, PAD, UNKNOWN
 
 MANIFEST = "bundle.json"
 FORMAT = 2

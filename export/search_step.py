@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from model.attention import KeyValue
 from model.options import LARGEST_BEAM, UNWRITABLE
-from model.tokenizer import BEGIN, END
 from model.transformer import Transformer
+from model.vocabulary import BEGIN, END
 
 
 class Beams(NamedTuple):

@@ -1,5 +1,5 @@
 """Train a Transformer: configuration, tokenizers, data, the network, search, training and evaluation.
 
-Torch-free (safe for a server to import): `config`, `errors`, `tokenizer`, `pairs`, `steps`, `reading`, `search`,
-`metrics`, `evaluate`, `picture`, `card`.
+Torch-free (safe for a server to import): `config`, `errors`, `vocabulary`, `tokenizer`, `pairs`, `steps`, `reading`,
+`options`, `constraints`, `grid`, `search`, `sentence`, `hypotheses`, `metrics`, `evaluate`, `picture`, `card`.
 """

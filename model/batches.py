@@ -13,7 +13,8 @@ from model.config import ModelConfig
 from model.errors import DataError
 from model.pairs import Pair
 from model.steps import pad
-from model.tokenizer import BEGIN, PAD, Tokenizer
+from model.tokenizer import Tokenizer
+from model.vocabulary import BEGIN, PAD
 
 
 class Batch(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from model.options import UNWRITABLE, SearchOptions
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 
 
 class Constraints:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from model.options import SearchOptions
-from model.tokenizer import END
+from model.vocabulary import END
 
 LEAST_COVERAGE = 1e-9
 """Attention below which a source token counts as this much covered: a logarithm must stay finite."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model.errors import InvalidRequestError
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 
 LARGEST_BEAM = 16
 """Most hypotheses kept at a time: beyond it, beam search costs more and finds worse answers."""
@@ -28,7 +28,7 @@ class Sampling:
     """Draw each token instead of taking the best.
 
     Raises:
-        InvalidRequestError: a value is out of its range.
+        InvalidRequestError: a value is out of its range; wherever it is found, named as a request has it, by its path.
     """
 
     temperature: float = 1.0
@@ -41,10 +41,10 @@ class Sampling:
     """The same seed draws the same answer."""
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.01, LARGEST_TEMPERATURE)
-        _check("top_k", self.top_k, 0, None)
-        _check("top_p", self.top_p, 1e-6, 1.0)
-        _check("seed", self.seed, 0, LARGEST_SEED)
+        _check("sampling.temperature", self.temperature, 0.01, LARGEST_TEMPERATURE)
+        _check("sampling.top_k", self.top_k, 0, None)
+        _check("sampling.top_p", self.top_p, 1e-6, 1.0)
+        _check("sampling.seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,16 @@ class SearchOptions:
             raise InvalidRequestError("prefix", "holds a padding, begin or end token")
         if self.sampling is not None and self.beam_size > 1:
             raise InvalidRequestError("sampling", f"draws one answer, beam_size={self.beam_size} searches: choose one")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse ids that a vocabulary of so many entries does not have.
+
+        Raises:
+            InvalidRequestError: with the id and the limit.
+        """
+        for name, ids in (("prefix", self.prefix), ("suppressed", sorted(self.suppressed))):
+            for index in ids:
+                _check(name, index, 0, size - 1, " (ids of the vocabulary)")
 
 
 def _check(name: str, value: float, low: float, high: float | None, why: str = "") -> None:

@@ -24,7 +24,7 @@ from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.reading import read
 from model.sentence import Sentence
 from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, StepModel, causal, pad
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 
 __all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "SearchOptions", "Sentence", "score", "search"]
 
@@ -81,9 +81,14 @@ class Decoding:
 
         Returns:
             The sentences, in the order given.
+
+        Raises:
+            InvalidRequestError: an option names an id that the vocabulary does not have; nothing has joined.
         """
         if any(option.beam_size != self._width for option in options):
             raise ValueError(f"sentences of other beam sizes than {self._width} cannot share this batch")
+        for option in options:
+            option.check_vocabulary(self._model.vocabulary)
         self._grid.join(memory, indices)
         wanted = attention or [NO_FAMILIES] * len(indices)
         joined = [

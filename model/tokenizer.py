@@ -15,10 +15,8 @@ from tokenizers import Tokenizer as Backend
 
 from model.config import TokenizerConfig, TokenizersConfig
 from model.errors import CheckpointError, DataError
+from model.vocabulary import BEGIN, END, PAD, SPECIAL_TOKENS, UNKNOWN
 
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>")
-"""Padding, unknown, begin and end, at ids 0 to 3 of every vocabulary."""
-PAD, UNKNOWN, BEGIN, END = range(4)
 SPACE = "▁"
 """How subword vocabularies write a space (U+2581)."""
 

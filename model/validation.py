@@ -11,9 +11,10 @@ from model.evaluate import Decoder, evaluate
 from model.pairs import Pairs, sample_pairs
 from model.picture import AttentionPicture
 from model.search import score
-from model.tokenizer import PAD, Tokenizer
+from model.tokenizer import Tokenizer
 from model.torch_steps import TorchStepModel
 from model.transformer import Transformer
+from model.vocabulary import PAD
 
 PICTURE_LENGTH = 40
 """Most tokens of a pair whose attention is pictured: beyond it the picture says little at TensorBoard's size."""

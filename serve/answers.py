@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from model.errors import InvalidRequestError, LimelightError
 from model.picture import AttentionPicture
+from model.vocabulary import BEGIN, SPECIAL_TOKENS
 
 FamilyName = Literal["encoder", "decoder", "cross"]
 """A family of attention."""
@@ -19,9 +20,6 @@ FloatName = Literal["float32", "float16"]
 """Type of the attention values."""
 FinishReason = Literal["stop", "length"]
 """Why a hypothesis ended: its end token, or the longest length."""
-
-BEGIN = "<s>"
-"""The begin token's text, the decoder's first column; repeated here so that a client loads no tokenizer."""
 
 
 class ServerError(LimelightError):
@@ -84,7 +82,8 @@ class Hypothesis:
     Attributes:
         text: the text.
         tokens: its tokens; the end token is last unless the longest length came first.
-        score: total log-probability / length ^ length penalty, what hypotheses are compared by.
+        score: total log-probability / length ^ length penalty, and the coverage term where one was asked for: what
+            hypotheses are compared by.
         log_probability: total, natural logarithm.
         finish_reason: why it ended.
         attention: "decoder" and "cross", as asked for.
@@ -139,7 +138,8 @@ class Answer:
                 "attention.families", f"{family} is not in this answer, which {holds}: ask for it"
             )
         source, output = (tuple(token.text for token in side) for side in (self.source_tokens, chosen.tokens))
-        labels = {"encoder": (source, source), "decoder": (output, (BEGIN, *output[:-1])), "cross": (output, source)}
+        read = (SPECIAL_TOKENS[BEGIN], *output[:-1])
+        labels = {"encoder": (source, source), "decoder": (output, read), "cross": (output, source)}
         return _picture(held[family], *labels[family])
 
 

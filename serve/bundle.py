@@ -13,7 +13,8 @@ from export.runtime import OnnxStepModel, RuntimeOptions
 from model.errors import InvalidRequestError
 from model.search import SearchOptions, search
 from model.steps import StepModel
-from model.tokenizer import END, Tokenizer
+from model.tokenizer import Tokenizer
+from model.vocabulary import END
 from serve.errors import ProviderError
 
 Provider = Literal["auto", "cpu", "cuda"]

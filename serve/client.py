@@ -155,6 +155,7 @@ class Client:
         **wanted: Unpack[WantedAttention],
     ) -> Answer:
         """How likely a given target is: forced decoding. The only hypothesis is the target; the rest as `generate`."""
+        _refuse_unknown(wanted, WantedAttention)
         with _sendable():
             request = pb.ScoreRequest(
                 model=model,
@@ -229,10 +230,14 @@ def _sendable() -> Iterator[None]:
         raise InvalidRequestError("request", f"cannot be sent: {error}") from None
 
 
-def _search(wanted: "Wanted") -> pb.SearchOptions:
-    unknown = wanted.keys() - Wanted.__annotations__.keys()
+def _refuse_unknown(wanted: Mapping[str, object], known: type[Wanted] | type[WantedAttention]) -> None:
+    unknown = wanted.keys() - known.__annotations__.keys()
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+
+
+def _search(wanted: Wanted) -> pb.SearchOptions:
+    _refuse_unknown(wanted, Wanted)
     sampling = wanted.get("sampling")
     return pb.SearchOptions(
         **{name: wanted.get(name) for name in WantedSearch.__annotations__.keys() - {"sampling"}},  # type: ignore[arg-type]
@@ -240,7 +245,7 @@ def _search(wanted: "Wanted") -> pb.SearchOptions:
     )
 
 
-def _attention(wanted: "WantedAttention") -> pb.AttentionOptions:
+def _attention(wanted: WantedAttention) -> pb.AttentionOptions:
     return pb.AttentionOptions(
         families=[_number("attention.families", FAMILIES, family) for family in wanted.get("families", ())],
         layers=wanted.get("layers", ()),

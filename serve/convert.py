@@ -12,7 +12,8 @@ from export.manifest import FamilyShape, Manifest
 from model.errors import InvalidRequestError
 from model.search import Hypothesis, Sampling, SearchOptions
 from model.steps import Family
-from model.tokenizer import UNKNOWN, Token, Tokenizer
+from model.tokenizer import Token, Tokenizer
+from model.vocabulary import UNKNOWN
 from serve.jobs import Job, Settled
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
@@ -59,10 +60,11 @@ class Asked:
     options: SearchOptions
     wanted: AttentionWanted
 
-    def job(self, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
+    def job(self, deadline: float | None, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
         """For the engine.
 
         Args:
+            deadline: as in `Job`.
             target: ids to score instead of searching.
             on_settled: told of tokens as they become certain.
         """
@@ -71,6 +73,7 @@ class Asked:
             options=self.options,
             target=target,
             attention=frozenset(self.wanted.families),
+            deadline=deadline,
             on_settled=on_settled,
         )
 

@@ -27,6 +27,7 @@ class Engine:
 
     def __init__(self, model: StepModel, limits: EngineLimits | None = None) -> None:
         self._limits = limits or EngineLimits()
+        self._vocabulary = model.vocabulary
         self._batcher = Batcher(model, self._limits)
         self._queue: deque[Ticket] = deque()
         self._changed = threading.Condition()
@@ -48,9 +49,11 @@ class Engine:
         """Queue a job.
 
         Raises:
+            InvalidRequestError: its options name an id that the vocabulary does not have.
             QueueFullError: too many are waiting.
             ShuttingDownError: the engine takes no more.
         """
+        job.options.check_vocabulary(self._vocabulary)  # here, where it is no fault of a batch
         ticket = Ticket(job)
         with self._changed:
             if self._stopping or not self.alive:

@@ -16,6 +16,11 @@ from model.steps import NO_FAMILIES, Family
 Settled = Callable[["Decoded", Sequence[Node]], None]
 
 
+def deadline_in(seconds: float | None) -> float | None:
+    """The deadline of a job whose caller waits for so many seconds from now; None where it waits for ever."""
+    return None if seconds is None else time.monotonic() + seconds
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What the engine gives back.

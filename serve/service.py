@@ -27,7 +27,7 @@ from serve.convert import (
 )
 from serve.engine import Engine
 from serve.errors import ModelNotFoundError
-from serve.jobs import Decoded, Job, Ticket
+from serve.jobs import Decoded, Job, Ticket, deadline_in
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1 import limelight_pb2_grpc as rpc
 from serve.stream import TokenStream
@@ -54,7 +54,7 @@ class LimelightService(rpc.LimelightServiceServicer):
     ) -> pb.GenerateResponse:
         """See limelight.proto."""
         asked = await self._off_loop(lambda: self._understand(request))
-        decoded = await self._decode(asked.job())
+        decoded = await self._decode(asked.job(deadline_in(context.time_remaining())))
         return await self._off_loop(lambda: self._answer(asked, decoded))
 
     async def GenerateStream(
@@ -65,7 +65,8 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         asked = await self._off_loop(lambda: self._understand(request))
         stream = TokenStream(self._model, asked, self._version, self._off_loop)
-        ticket = self._engine.submit(asked.job(on_settled=stream.on_settled))
+        job = asked.job(deadline_in(context.time_remaining()), on_settled=stream.on_settled)
+        ticket = self._engine.submit(job)
         try:
             async for event in stream.events(asyncio.wrap_future(ticket.future)):
                 yield event
@@ -78,7 +79,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         asked, target = await self._off_loop(lambda: self._understand_pair(request))
         ids = [token.id for token in target]
-        decoded = await self._decode(asked.job(target=ids))
+        decoded = await self._decode(asked.job(deadline_in(context.time_remaining()), target=ids))
         return await self._off_loop(lambda: self._scored(asked, request.target, decoded))
 
     async def GetModel(

@@ -16,8 +16,9 @@ import torch
 
 from model.checkpoint import Checkpoint, build_model, save_checkpoint
 from model.config import Config, parse_config
-from model.tokenizer import BEGIN, END, PAD, Tokenizer, train_tokenizers
+from model.tokenizer import Tokenizer, train_tokenizers
 from model.transformer import Transformer
+from model.vocabulary import BEGIN, END, PAD
 
 VOCABULARY = 10_000
 SOURCES = 2000

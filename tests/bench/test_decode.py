@@ -25,7 +25,7 @@ from bench.decode_models import (
 )
 from bench.grid import BenchError, Cell, Group
 from bench.worker import Worker
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 
 SIZE = RandomSize(d_model=64, layers=1, vocabulary=300)
 DEMANDED = {"model", "precision", "sentences", "beam", "attention", "threads", "ours", "peer", "ratio", "limit_share"}

@@ -9,9 +9,9 @@ import torch
 
 from model.config import ModelConfig
 from model.search import SearchOptions, search
-from model.tokenizer import BEGIN, END, PAD
 from model.torch_steps import TorchStepModel
 from model.transformer import Transformer
+from model.vocabulary import BEGIN, END, PAD
 
 pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed: pip install 'limelight[bench]'")
 

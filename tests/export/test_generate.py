@@ -24,8 +24,8 @@ from export.verify import VerificationError
 from export.verify_generate import CROSS, generate, open_generate
 from model.search import Hypothesis, SearchOptions, search
 from model.steps import Array, Question, Step, StepModel
-from model.tokenizer import BEGIN, END, PAD
 from model.torch_steps import TorchStepModel
+from model.vocabulary import BEGIN, END, PAD
 from tests.export.test_bundle import double_a_weight
 from tests.export.toy import PAIRS, Toy, network, retrace
 from tests.reversal import Reversal

@@ -6,7 +6,7 @@ import pytest
 from export.manifest import Precision
 from model.grid import Grid
 from model.steps import StepModel
-from model.tokenizer import BEGIN
+from model.vocabulary import BEGIN
 from tests.export.case import (
     LENGTH,
     SOURCES,

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from model.options import UNWRITABLE
 from model.search import Decoding, Hypothesis, SearchOptions, search
 from model.steps import ALL_FAMILIES, Family, StepModel
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 from tests.model.steps import Prefix, SeedModel
 
 SOURCES = [[5, 6, 7, END], [8, END], [9, 4, 4, 4, 6, END], [END], [6, 5, END]]

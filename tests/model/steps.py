@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from model.steps import Array, Kept, Memory, Question, Step
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 
 Prefix = tuple[int, ...]
 

@@ -10,8 +10,8 @@ from model.batches import Batch, BatchStream, Example, bucket, collate, encode_p
 from model.config import ModelConfig
 from model.errors import DataError
 from model.pairs import Pair
-from model.tokenizer import BEGIN, END, PAD
 from model.validation import token_loss
+from model.vocabulary import BEGIN, END, PAD
 from tests.model.texts import trained
 from tests.model.toy import small_transformer
 

@@ -11,7 +11,7 @@ from model.errors import InvalidRequestError
 from model.options import SearchOptions
 from model.search import Decoding, score, search
 from model.steps import ALL_FAMILIES, pad
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 from tests.model.searching import (
     REPEATABLE,
     SOURCES,

@@ -9,7 +9,7 @@ import pytest
 from model.hypotheses import LEAST_COVERAGE
 from model.search import Decoding, search
 from model.steps import Array, Family, pad
-from model.tokenizer import BEGIN
+from model.vocabulary import BEGIN
 from tests.model.searching import FAMILIES, SOURCES, alone, assert_same, beam_search_in_loops, options
 from tests.model.steps import Prefix, SeedModel, stamp
 

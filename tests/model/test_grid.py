@@ -9,7 +9,7 @@ import pytest
 from model.grid import SMALLEST_RING, Grid
 from model.search import Decoding, SearchOptions, Sentence
 from model.steps import ALL_FAMILIES, Array, pad
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 from tests.model.searching import SOURCES, alone, assert_same, options, steps
 from tests.model.steps import Prefix, RowModel, SeedModel
 

@@ -5,7 +5,7 @@ import pytest
 
 from model.errors import InvalidRequestError
 from model.options import LARGEST_BEAM, LARGEST_SEED, MOST_SUPPRESSED, Sampling, SearchOptions
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 from tests.model.searching import options
 
 SAMPLING = Sampling()
@@ -56,15 +56,19 @@ def test_options_out_of_range_are_refused(choices: dict[str, object], field: str
 @pytest.mark.parametrize(
     ("choices", "field", "message"),
     [
-        ({"temperature": 0.0}, "temperature", "temperature: 0.0 is not from 0.01 to 100.0"),
-        ({"temperature": math.nan}, "temperature", "temperature: nan is not from 0.01 to 100.0"),
-        ({"temperature": 101.0}, "temperature", "temperature: 101.0 is not from 0.01 to 100.0"),
-        ({"top_k": -1}, "top_k", "top_k: -1 is not at least 0"),
-        ({"top_p": 0.0}, "top_p", "top_p: 0.0 is not from 1e-06 to 1.0"),
-        ({"top_p": 1.1}, "top_p", "top_p: 1.1 is not from 1e-06 to 1.0"),
-        ({"top_p": math.nan}, "top_p", "top_p: nan is not from 1e-06 to 1.0"),
-        ({"seed": -1}, "seed", "seed: -1 is not from 0 to 9223372036854775807"),
-        ({"seed": LARGEST_SEED + 1}, "seed", "seed: 9223372036854775808 is not from 0 to 9223372036854775807"),
+        ({"temperature": 0.0}, "sampling.temperature", "sampling.temperature: 0.0 is not from 0.01 to 100.0"),
+        ({"temperature": math.nan}, "sampling.temperature", "sampling.temperature: nan is not from 0.01 to 100.0"),
+        ({"temperature": 101.0}, "sampling.temperature", "sampling.temperature: 101.0 is not from 0.01 to 100.0"),
+        ({"top_k": -1}, "sampling.top_k", "sampling.top_k: -1 is not at least 0"),
+        ({"top_p": 0.0}, "sampling.top_p", "sampling.top_p: 0.0 is not from 1e-06 to 1.0"),
+        ({"top_p": 1.1}, "sampling.top_p", "sampling.top_p: 1.1 is not from 1e-06 to 1.0"),
+        ({"top_p": math.nan}, "sampling.top_p", "sampling.top_p: nan is not from 1e-06 to 1.0"),
+        ({"seed": -1}, "sampling.seed", "sampling.seed: -1 is not from 0 to 9223372036854775807"),
+        (
+            {"seed": LARGEST_SEED + 1},
+            "sampling.seed",
+            "sampling.seed: 9223372036854775808 is not from 0 to 9223372036854775807",
+        ),
     ],
     ids=str,
 )
@@ -87,3 +91,22 @@ def test_the_limits_themselves_are_allowed() -> None:
     )
     drawn = options(sampling=Sampling(temperature=0.01, top_k=0, top_p=1e-6, seed=LARGEST_SEED))
     assert (widest.shortest, drawn.beam_size) == (8, 1)
+
+
+OUTSIDE: dict[str, dict[str, object]] = {
+    "prefix: 9 is not from 0 to 8 (ids of the vocabulary)": {"prefix": (4, 9)},
+    "prefix: -1 is not from 0 to 8 (ids of the vocabulary)": {"prefix": (-1, 4)},
+    "suppressed: 9 is not from 0 to 8 (ids of the vocabulary)": {"suppressed": frozenset({4, 9, 10})},
+    "suppressed: -1 is not from 0 to 8 (ids of the vocabulary)": {"suppressed": frozenset({4, -1})},
+}
+
+
+@pytest.mark.parametrize("message", OUTSIDE)
+def test_ids_that_the_vocabulary_does_not_have_are_refused(message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^{re.escape(message)}$") as caught:
+        options(**OUTSIDE[message]).check_vocabulary(9)
+    assert caught.value.field == message.partition(":")[0]
+
+
+def test_every_id_of_the_vocabulary_is_allowed() -> None:
+    options(prefix=(4, 8), suppressed=frozenset({0, 8})).check_vocabulary(9)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from model.errors import InvalidRequestError
 from model.search import Decoding, Hypothesis, Sampling, SearchOptions, Sentence, score, search
 from model.steps import Family, StepModel, pad
-from model.tokenizer import END
 from model.torch_steps import TorchStepModel
+from model.vocabulary import END
 from tests.model.searching import FAMILIES, REPEATABLE, alone, assert_near, assert_same, options
 from tests.model.steps import RowModel, SeedModel
 from tests.model.toy import SOURCE_VOCABULARY, TARGET_VOCABULARY, small_transformer

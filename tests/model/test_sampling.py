@@ -9,7 +9,7 @@ import pytest
 
 from model.options import Sampling, SearchOptions
 from model.search import Hypothesis, search
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 from tests.model.searching import SOURCES, alone, assert_same, options
 from tests.model.steps import SeedModel
 

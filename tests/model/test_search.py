@@ -4,9 +4,10 @@ import math
 import numpy as np
 import pytest
 
+from model.errors import InvalidRequestError
 from model.search import Decoding, Node, Sentence, score, search
 from model.steps import ALL_FAMILIES, Array, Family, pad
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 from tests.model.searching import FAMILIES, SOURCES, alone, assert_same, beam_search_in_loops, options, steps
 from tests.model.steps import RowModel, SeedModel
 
@@ -273,3 +274,18 @@ def test_sequences_are_padded_on_the_right() -> None:
     ids, mask = pad([[5, 6, 7], [], [8]], value=9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [8, 9, 9]]
     assert mask.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize("choices", [{"prefix": (4, 9)}, {"suppressed": frozenset({4, 9})}], ids=str)
+def test_an_id_that_the_model_does_not_have_is_refused_before_anyone_joins(choices: dict[str, object]) -> None:
+    model = SeedModel(5)
+    running = decoding(model, 2)
+    memory, (field,) = model.encode(*pad(SOURCES[2:4])), choices
+    with pytest.raises(InvalidRequestError, match=rf"^{field}: 9 is not from 0 to 8 \(ids of the vocabulary\)$"):
+        running.join(memory, range(2), [options(), options(**choices)])
+    joined = list(running.sentences)
+    assert len(joined) == 2
+    for _ in steps(running):
+        pass
+    for sentence, source in zip(joined, SOURCES, strict=False):
+        assert_same(sentence.results(), alone(model, source, options(), frozenset()))

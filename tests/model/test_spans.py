@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from model.tokenizer import BEGIN, SpanStream, Tokenizer
+from model.tokenizer import SpanStream, Tokenizer
+from model.vocabulary import BEGIN
 from tests.model.texts import EDGES, KINDS, TEXTS, trained
 
 

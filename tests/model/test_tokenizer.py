@@ -9,7 +9,8 @@ import pytest
 
 from model.config import TokenizersConfig
 from model.errors import CheckpointError, DataError
-from model.tokenizer import BEGIN, END, PAD, SPECIAL_TOKENS, UNKNOWN, Tokenizer, train_tokenizers
+from model.tokenizer import Tokenizer, train_tokenizers
+from model.vocabulary import BEGIN, END, PAD, SPECIAL_TOKENS, UNKNOWN
 from tests.model.texts import EDGES, KINDS, TEXTS, trained
 
 

@@ -5,8 +5,8 @@ from numpy.testing import assert_allclose
 from model.grid import Grid
 from model.search import SearchOptions, score, search
 from model.steps import Family, pad
-from model.tokenizer import BEGIN, END
 from model.torch_steps import TorchStepModel
+from model.vocabulary import BEGIN, END
 from tests.model.searching import assert_near
 from tests.model.toy import SMALL, small_transformer
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from model.search import Hypothesis, SearchOptions, search
 from model.steps import ALL_FAMILIES, Family
-from model.tokenizer import BEGIN, END, PAD
+from model.vocabulary import BEGIN, END, PAD
 from serve.engine import Engine
 from serve.jobs import Decoded, Job, Ticket
 from tests.serve.running import PATIENCE

@@ -62,14 +62,19 @@ def serving(model: ServedModel, limits: EngineLimits | None = None) -> Iterator[
         begin(server.stop(0)).result(PATIENCE)
 
 
-def generate(stub: LimelightServiceStub, source: str = "abcdefgh", timeout: float = PATIENCE) -> Any:
+def generate(stub: LimelightServiceStub, source: str = "abcdefgh", timeout: float | None = PATIENCE) -> Any:
     """A call that is under way."""
     return stub.Generate.future(pb.GenerateRequest(source=source), timeout=timeout)
 
 
-def stream(stub: LimelightServiceStub, source: str = "abcdefgh", timeout: float = PATIENCE) -> Any:
+def stream(stub: LimelightServiceStub, source: str = "abcdefgh", timeout: float | None = PATIENCE) -> Any:
     """A stream that is under way."""
     return stub.GenerateStream(pb.GenerateStreamRequest(source=source), timeout=timeout)
+
+
+def score(stub: LimelightServiceStub, source: str = "abcdefgh", timeout: float | None = PATIENCE) -> Any:
+    """A text is being scored against its reverse."""
+    return stub.Score.future(pb.ScoreRequest(source=source, target=source[::-1]), timeout=timeout)
 
 
 def begin(coroutine: Coroutine[Any, Any, Result]) -> "Future[Result]":

@@ -7,22 +7,18 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import typer
 from matplotlib.image import imread
 from rich.cells import cell_len
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from model.errors import InvalidRequestError
-from serve.ask import ask
 from serve.client import Client, ServerError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.show import alignment
+from tests.serve import asking
 from tests.serve.fake_server import FakeService, cross_weights, running
 
 Ask = Callable[..., Result]
-
-# Whatever the machine that runs the tests says of its terminal: 80 columns, no colours.
-ENVIRONMENT = {"COLUMNS": "80", "FORCE_COLOR": None, "TTY_COMPATIBLE": None, "LIMELIGHT_ADDRESS": None}
 
 ALIGNED = """\
 F OW1 N
@@ -59,12 +55,7 @@ def run(address: str) -> Ask:
     """Runs `ask`; fails on any error that is not a refusal of the options."""
 
     def run(*arguments: str, address: str = address) -> Result:
-        app = typer.Typer()
-        app.command()(ask)
-        result = CliRunner().invoke(app, [*arguments, "--address", address], env=ENVIRONMENT)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
+        return asking.run(*arguments, "--address", address)
 
     return run
 
@@ -225,7 +216,7 @@ def test_each_text_has_its_own_file(run: Ask, tmp_path: Path) -> None:
 def test_options_without_effect_are_refused(run: Ask, service: FakeService, arguments: list[str], message: str) -> None:
     result = run("phone", *arguments)
     assert result.exit_code == 2
-    assert message in " ".join(result.stderr.replace("│", "").split())
+    assert message in asking.said(result)
     assert not service.requests
 
 
@@ -248,16 +239,11 @@ def test_without_a_server_it_says_how_to_start_one(run: Ask) -> None:
 
 
 def test_the_address_may_be_in_the_environment(address: str) -> None:
-    app = typer.Typer()
-    app.command()(ask)
-    result = CliRunner().invoke(app, ["phone"], env=ENVIRONMENT | {"LIMELIGHT_ADDRESS": address})
-    assert result.stdout == ALIGNED
+    assert asking.invoke("phone", LIMELIGHT_ADDRESS=address).stdout == ALIGNED
 
 
 def test_a_failing_stream_ends_its_line(address: str) -> None:
-    app = typer.Typer()
-    app.command()(ask)
-    result = CliRunner().invoke(app, ["!INTERNAL", "--stream", "-a", address], env=ENVIRONMENT)
+    result = asking.invoke("!INTERNAL", "--stream", "-a", address)
     assert isinstance(result.exception, ServerError)
     assert result.stdout == "F OW1\n"
 

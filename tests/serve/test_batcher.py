@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from model.errors import InvalidRequestError
 from model.search import Sampling, SearchOptions, score, search
 from model.steps import ALL_FAMILIES, StepModel
-from model.tokenizer import END
 from model.torch_steps import TorchStepModel
+from model.vocabulary import END
 from serve.batcher import Batcher
 from serve.bundle import load_model
 from serve.jobs import Decoded, EngineLimits, Job, Ticket

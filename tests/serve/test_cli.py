@@ -43,6 +43,7 @@ def test_without_arguments_it_shows_help() -> None:
             "error: missing: not a bundle, it has no bundle.json; make one with: limelight export CHECKPOINT missing\n",
         ),
         (("evaluate", "missing"), "error: missing: no such checkpoint folder\n"),
+        (("ask", "x", "--temperature", "0"), "error: sampling.temperature: 0.0 is not from 0.01 to 100.0\n"),
         (("export", "missing", "bundle"), "error: missing: no such checkpoint folder\n"),
     ],
 )

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from model.errors import InvalidRequestError, LimelightError
-from model.tokenizer import BEGIN as BEGIN_ID
-from model.tokenizer import SPECIAL_TOKENS
-from serve.answers import BEGIN, FamilyName, FloatName, ReductionName
+from serve.answers import FamilyName, FloatName, ReductionName
 from serve.client import Alignment, Answer, Client, End, FamilyShape, Piece, ServerError, Start, Token
 from serve.from_proto import read_answer, read_stream
 from serve.pb.limelight.v1 import limelight_pb2 as pb
@@ -137,10 +135,6 @@ def test_a_picture_of_merged_attention_keeps_the_number_of_what_was_single(clien
 def test_a_picture_needs_its_attention(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match=r"families: decoder is not in this answer, which holds cross: ask"):
         client.generate("phone", families=["cross"]).picture("decoder")
-
-
-def test_the_begin_token_is_the_tokenizers() -> None:
-    assert SPECIAL_TOKENS[BEGIN_ID] == BEGIN
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -9,7 +9,8 @@ import pytest
 from model.config import TokenizerConfig
 from model.errors import InvalidRequestError
 from model.search import Hypothesis
-from model.tokenizer import END, Tokenizer
+from model.tokenizer import Tokenizer
+from model.vocabulary import END
 from serve.convert import (
     LARGEST_ANSWER,
     attention_message,

@@ -8,7 +8,8 @@ import pytest
 from model.config import TokenizerConfig
 from model.errors import InvalidRequestError
 from model.search import Sampling, SearchOptions
-from model.tokenizer import END, Token, Tokenizer
+from model.tokenizer import Token, Tokenizer
+from model.vocabulary import END
 from serve.convert import Asked, attention_wanted, encode_text, refuse_unknown_fields, search_options
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from tests.serve.attention import CROSS, DECODER, ENCODER, MODEL, SHAPES, model_with
@@ -92,10 +93,10 @@ SEARCHES = {
     "suppressed: 'ß' is not in the target vocabulary": pb.SearchOptions(suppressed=["a", "ß"]),
     "suppressed: '' is not in the target vocabulary": pb.SearchOptions(suppressed=[""]),
     "suppressed: holds the end token: set shortest instead": pb.SearchOptions(suppressed=["</s>"]),
-    "temperature: 0.0 is not from 0.01 to 100.0": pb.SearchOptions(sampling=pb.Sampling(temperature=0)),
-    "top_k: -1 is not at least 0": pb.SearchOptions(sampling=pb.Sampling(top_k=-1)),
-    "top_p: 1.5 is not from 1e-06 to 1.0": pb.SearchOptions(sampling=pb.Sampling(top_p=1.5)),
-    "seed: -1 is not from 0 to 9223372036854775807": pb.SearchOptions(sampling=pb.Sampling(seed=-1)),
+    "sampling.temperature: 0.0 is not from 0.01 to 100.0": pb.SearchOptions(sampling=pb.Sampling(temperature=0)),
+    "sampling.top_k: -1 is not at least 0": pb.SearchOptions(sampling=pb.Sampling(top_k=-1)),
+    "sampling.top_p: 1.5 is not from 1e-06 to 1.0": pb.SearchOptions(sampling=pb.Sampling(top_p=1.5)),
+    "sampling.seed: -1 is not from 0 to 9223372036854775807": pb.SearchOptions(sampling=pb.Sampling(seed=-1)),
     "sampling: draws one answer, beam_size=2 searches: choose one": pb.SearchOptions(
         beam_size=2, sampling=pb.Sampling()
     ),

@@ -1,20 +1,28 @@
 """Deadlines: what nobody waits for any more leaves the queue, or its batch at the next step."""
 
+from collections.abc import Callable
+from queue import SimpleQueue
 from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
 
 import serve.jobs
 from serve.errors import ExpiredError, status_of
-from serve.jobs import Ticket
+from serve.jobs import Job, Ticket
 from tests.serve.jobs import LONG, MIDDLE, SHORT, MakeEngine, alone, job, occupied, result, same, tokens
+from tests.serve.running import PATIENCE, Running, generate, score, stream
 from tests.serve.steps import Gated
 
 IN_QUEUE, UNDER_WAY = (
     "the deadline passed before the request's turn came",
     "the deadline passed before the answer was ready",
 )
+
+
+ALLOWED = 10 * PATIENCE
+"""Seconds that a client allows where its call is to be dropped by the engine's clock, long before gRPC's own."""
 
 
 class Clock:
@@ -143,3 +151,61 @@ def test_who_gave_up_first_has_not_failed(make_engine: MakeEngine, steps: Gated,
 
 def test_it_has_a_status_of_its_own() -> None:
     assert status_of(ExpiredError(IN_QUEUE)) == (grpc.StatusCode.DEADLINE_EXCEEDED, IN_QUEUE)
+
+
+@pytest.fixture
+def submitted(gated: Running, monkeypatch: pytest.MonkeyPatch) -> "SimpleQueue[Job]":
+    """What the server queues, as soon as it is queued."""
+    jobs: SimpleQueue[Job] = SimpleQueue()
+    engine = gated.server._engine
+    submit = engine.submit
+
+    def told(job: Job) -> Ticket:
+        ticket = submit(job)
+        jobs.put(job)
+        return ticket
+
+    monkeypatch.setattr(engine, "submit", told)
+    return jobs
+
+
+CALLS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
+    "Generate": (generate, lambda call: call.result()),
+    "GenerateStream": (stream, list),
+    "Score": (score, lambda call: call.result()),
+}
+"""How each call is begun, and awaited."""
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_call_whose_time_is_over_is_not_computed(
+    gated: Running, gate: Gated, clock: Clock, submitted: "SimpleQueue[Job]", kind: str
+) -> None:
+    begin, end = CALLS[kind]
+    first = generate(gated.stub, timeout=None)
+    gate.wait()
+    late = begin(gated.stub, "abcd", timeout=ALLOWED)
+    patient, hurried = submitted.get(timeout=PATIENCE), submitted.get(timeout=PATIENCE)
+    assert patient.deadline is None
+    assert hurried.deadline is not None
+    assert 0 < hurried.deadline <= ALLOWED + 1  # gRPC rounds it up on its way
+    clock.now = 2 * ALLOWED
+    gate.open()
+    with pytest.raises(grpc.RpcError):
+        end(late)
+    assert (late.code(), late.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, IN_QUEUE)
+    assert first.result().hypotheses[0].text == "hgfedcba"
+    assert gate.batches == [1]
+
+
+@pytest.mark.parametrize("kind", ["Generate", "GenerateStream"])
+def test_a_call_whose_time_is_over_leaves_its_batch(gated: Running, gate: Gated, clock: Clock, kind: str) -> None:
+    begin, end = CALLS[kind]
+    late = begin(gated.stub, timeout=ALLOWED)
+    gate.wait()
+    clock.now = 2 * ALLOWED
+    gate.open()
+    with pytest.raises(grpc.RpcError):
+        end(late)
+    assert (late.code(), late.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, UNDER_WAY)
+    assert gate.rows == [1]

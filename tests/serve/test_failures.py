@@ -11,7 +11,7 @@ import pytest
 from model.errors import InvalidRequestError
 from model.search import SearchOptions
 from model.steps import Array, Memory, Question, Step
-from model.tokenizer import END
+from model.vocabulary import END
 from serve.engine import Engine
 from serve.errors import EngineError
 from serve.jobs import EngineLimits, Ticket
@@ -149,6 +149,20 @@ def test_options_that_rule_out_every_token_fail_alone(
         assert same(result(mate).hypotheses, alone(LONG, beam_size))
     assert len(told) == count + 1
     assert told == sorted(told)
+
+
+@pytest.mark.parametrize("choices", [{"prefix": (4, 12)}, {"suppressed": frozenset({12})}], ids=str)
+def test_ids_that_the_model_does_not_have_are_refused_alone(
+    make_engine: MakeEngine, steps: Gated, choices: dict[str, Any]
+) -> None:
+    engine, (field,) = make_engine(), choices
+    first = occupied(engine, steps)
+    with pytest.raises(InvalidRequestError, match=rf"^{field}: 12 is not from 0 to 11 \(ids of the vocabulary\)$"):
+        engine.submit(job(MIDDLE, options=SearchOptions(longest=16, **choices)))
+    mate = engine.submit(job(LONG))
+    steps.open()
+    assert [tokens(ticket) for ticket in (first, mate)] == [SHORT, LONG]
+    assert steps.batches == [1, 1]
 
 
 class NoNumber(Echo):

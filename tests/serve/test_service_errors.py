@@ -106,6 +106,18 @@ OF_ONE: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
         INVALID,
         "suppressed: 'x' is not in the target vocabulary",
     ),
+    "sampling": (
+        "GenerateStream",
+        pb.GenerateStreamRequest(source="ab", search=pb.SearchOptions(sampling=pb.Sampling(temperature=0))),
+        INVALID,
+        "sampling.temperature: 0.0 is not from 0.01 to 100.0",
+    ),
+    "sampling with a beam": (
+        "Generate",
+        pb.GenerateRequest(source="ab", search=pb.SearchOptions(beam_size=2, sampling=pb.Sampling())),
+        INVALID,
+        "sampling: draws one answer, beam_size=2 searches: choose one",
+    ),
     "nothing left to say": (
         "Generate",
         pb.GenerateRequest(source="ab", search=pb.SearchOptions(no_repeat_ngram=1, shortest=20)),

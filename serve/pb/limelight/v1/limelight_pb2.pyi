@@ -420,7 +420,9 @@ class Hypothesis(_message.Message):
     text: _builtins.str
     """The text."""
     score: _builtins.float
-    """Total log-probability / length ^ length_penalty: what hypotheses are compared by."""
+    """Total log-probability / length ^ length_penalty, and the coverage term where one is asked for: what hypotheses are
+    compared by.
+    """
     log_probability: _builtins.float
     """Total log-probability (natural logarithm)."""
     finish_reason: Global___FinishReason.ValueType
