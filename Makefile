@@ -27,10 +27,10 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-load wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-load bench-profile wheel-smoke clean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Variables: CONFIG=$(CONFIG) CHECKPOINT=$(CHECKPOINT) BUNDLE=$(BUNDLE)"
 	@echo "             MODEL=$(MODEL) ADDRESS=$(ADDRESS) TEXT=$(TEXT) ARGS='more options'"
@@ -97,6 +97,9 @@ build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
 
 bench-decode: $(PEER) ## Measure decoding beside CTranslate2, same weights (ARGS=--full for the whole grid); JSON in bench/results/
 	@$(BIN)/python -m bench.decode --checkpoint $(CHECKPOINT) $(ARGS)
+
+bench-profile: $(PEER) ## Show what one decoder step consists of, before our rewrites of the graph and after; JSON in bench/results/
+	@$(BIN)/python -m bench.profile_step $(ARGS)
 
 $(PEER): $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
