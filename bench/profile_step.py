@@ -2,8 +2,8 @@
 
     python -m bench.profile_step
 
-"traced" is the decoder as PyTorch's exporter leaves it, but for its outputs; "fp32" and "int8" are a bundle's. Each runs
-by itself under ONNX Runtime's profiler, on the same random tokens, keys and values. That makes every call a little
+"traced" is the decoder as PyTorch's exporter leaves it, but for its outputs; "fp32" and "int8" are a bundle's. Each
+runs by itself under ONNX Runtime's profiler, on the same random tokens, keys and values. That makes every call a little
 dearer, so the last row, measured without it and in turns, is what a step takes.
 """
 

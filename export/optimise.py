@@ -92,13 +92,10 @@ class _Flattening:
     def __init__(self, graph: GraphProto, like: str) -> None:
         self.graph, self.like = graph, like
         self.sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-        self.weights = {name for name, shape in self.sizes.items() if len(shape) == 2}
-        self.weights |= {
-            node.output[0] for node in graph.node if node.op_type == "Transpose" and node.input[0] in self.weights
-        }
-        for node in graph.node:
-            if node.op_type == "Transpose" and node.input[0] in self.weights:
-                self.sizes[node.output[0]] = self.sizes[node.input[0]][::-1]
+        tables = {name for name, shape in self.sizes.items() if len(shape) == 2}
+        turned = [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in tables]
+        self.sizes |= {node.output[0]: self.sizes[node.input[0]][::-1] for node in turned}
+        self.weights = tables | {node.output[0] for node in turned}
         self.reshapes = {node.output[0]: node for node in graph.node if node.op_type == "Reshape"}
         self.nodes: list[NodeProto] = []
         self.widths: dict[str, int] = {}
@@ -159,9 +156,10 @@ class _Flattening:
                 name if name in self.sizes or (node.op_type == "MatMul" and index) else self.rows(name, width)
                 for index, name in enumerate(node.input)
             ]
+            if _get(node, "axis") is not None:
+                _set(node, "axis", -1)
             if node.op_type == "Split":
                 width //= len(node.output)
-                _set(node, "axis", 1)
             elif node.op_type == "MatMul":
                 width = self.sizes[node.input[1]][1]
             self.widths |= dict.fromkeys(node.output, width)
@@ -172,11 +170,12 @@ class _Flattening:
         kind, first = node.op_type, node.input[0] if node.input else ""
         if kind == "MatMul" and node.input[1] in self.weights:
             return self.sizes[node.input[1]][0]
-        if kind == "LayerNormalization":
+        last = _get(node, "axis") in (None, -1, 2)
+        if kind == "LayerNormalization" and last:
             return self.sizes[node.input[1]][0]
-        if kind == "Split" and first in self.widths and len(node.input) == 1 and _get(node, "axis") in (-1, 2):
+        if kind == "Split" and first in self.widths and len(node.input) == 1 and last:
             return self.widths[first]
-        if kind not in ELEMENTWISE:
+        if kind not in ELEMENTWISE or not last:
             return None
         changing = [name for name in node.input if name not in self.sizes]
         constants = [self.sizes[name] for name in node.input if name in self.sizes]
@@ -236,11 +235,12 @@ def fold_scales(graph: GraphProto) -> None:
         source = node.input[0]
         while readers[source] == 1 and source in makers and makers[source].op_type in ("Transpose", "Reshape"):
             source = makers[source].input[0]
-        maker, part, parts = makers.get(source), 0, 1
-        if maker is not None and maker.op_type == "Split":
-            part, parts = list(maker.output).index(source), len(maker.output)
-            maker = makers.get(maker.input[0])
-        if maker is None or maker.op_type != "Gemm" or readers[source] != 1:
+        made, part, parts = source, 0, 1
+        split = makers.get(source)
+        if split is not None and split.op_type == "Split" and len(split.input) == 1:
+            made, part, parts = split.input[0], list(split.output).index(source), len(split.output)
+        maker = makers.get(made)
+        if maker is None or maker.op_type != "Gemm" or readers[source] != 1 or readers[made] != 1:
             continue
         for index in (1, 2):
             before = numpy_helper.to_array(values[maker.input[index]])
