@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from model.constraints import rule_out_unwritable
+from model.errors import NotANumberError
 from model.grid import Grid
 from model.hypotheses import Chain, Hypothesis, Node
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
@@ -102,7 +103,11 @@ class Decoding:
         return joined
 
     def step(self) -> list[Sentence]:
-        """One decoder step for every sentence; those that are done leave. Returns all that took part."""
+        """One decoder step for every sentence; those that are done leave. Returns all that took part.
+
+        Raises:
+            NotANumberError: the model gave NaN for what can still become an answer. This decoding is of no use then.
+        """
         advanced = list(self.sentences)
         special = [sentence for sentence in advanced if not sentence.constraints.idle]
         next_ids = np.zeros_like(self._tokens)
@@ -115,6 +120,7 @@ class Decoding:
             for sentence in advanced:
                 sentence.look(step.cross_attention, step.decoder_attention, self._grid.ring)
         values, ids = step.top_log_probabilities.astype(np.float64), step.top_ids
+        self._refuse_no_numbers(values, step.next_log_probabilities)
         rule_out_unwritable(values, ids)
         for sentence in special:
             place, age = sentence.place, sentence.age
@@ -143,6 +149,19 @@ class Decoding:
         """Tokens of a sentence that are certain by now, from the first."""
         live = [] if sentence.done else self._live(sentence)
         return sentence.settle(live)
+
+    def _refuse_no_numbers(
+        self, values: Float[np.ndarray, "sentence row top"], following: Float[np.ndarray, "sentence row"]
+    ) -> None:
+        # One NaN among the scores makes every log-probability of its row NaN, so what is returned of it suffices.
+        unknown = (np.isnan(values).any(2) | np.isnan(following)) & (self._totals > -np.inf)
+        if unknown.any():
+            place = int(unknown.any(1).argmax())
+            raise NotANumberError(
+                f"after {self.sentences[place].age} tokens of an answer the model's log-probabilities are no numbers "
+                f"(NaN), in {np.count_nonzero(unknown)} of {unknown.size} rows: its values overflowed, or its weights "
+                "are damaged"
+            )
 
     def _live(self, sentence: Sentence) -> list[Chain]:
         place = sentence.place
@@ -280,6 +299,10 @@ def search(
 
     Returns:
         For each sentence its n best hypotheses, best first.
+
+    Raises:
+        InvalidRequestError: options left no token to choose.
+        NotANumberError: the model gave NaN.
     """
     decoding = Decoding(model, options[0].beam_size)
     memory = model.encode(*pad(sources), attention=False)
@@ -306,8 +329,11 @@ def score(
         length_penalties: for the score of each, as in a search; by default 1.
         memory: of the sources, where they were read already.
         attention: families that the hypotheses are to carry.
+
+    Raises:
+        NotANumberError: the model gave NaN for a given token.
     """
-    next_ids, _ = pad(targets)
+    next_ids, real = pad(targets)
     target_ids, _ = pad([[BEGIN, *target[:-1]] for target in targets])
     count, length = target_ids.shape
     sizes = {"past": 1, "row": 1, "source": 0}
@@ -327,21 +353,27 @@ def score(
             attention=attention - {"encoder"},
         )
     )
+    if (lost := np.isnan(step.next_log_probabilities) & real).any():
+        raise NotANumberError(
+            f"the model's log-probabilities of {np.count_nonzero(lost)} of {np.count_nonzero(real)} given tokens are no "
+            "numbers (NaN): its values overflowed, or its weights are damaged"
+        )
     penalties = length_penalties or [1.0] * len(targets)
     hypotheses = []
     for row, target in enumerate(targets):
-        real = len(target)
-        values: list[float] = step.next_log_probabilities[row, :real].tolist()
+        end = len(target)
+        values: list[float] = step.next_log_probabilities[row, :end].tolist()
         reason: Literal["stop", "length"] = "stop" if target[-1] == END else "length"
         cross, own = step.cross_attention, step.decoder_attention
         hypotheses.append(
             Hypothesis(
                 tokens=list(target),
                 log_probabilities=values,
-                score=sum(values) / real ** penalties[row],
+                score=sum(values) / end ** penalties[row],
                 finish_reason=reason,
-                cross_attention=None if cross is None else cross[row, :, :, :real, : len(sources[row])],
-                decoder_attention=None if own is None else own[row, :, :, :real, 1 : real + 1],
+                # Copies: a view would keep the whole batch's attention for as long as one answer lives.
+                cross_attention=None if cross is None else cross[row, :, :, :end, : len(sources[row])].copy(),
+                decoder_attention=None if own is None else own[row, :, :, :end, 1 : end + 1].copy(),
             )
         )
     return hypotheses
