@@ -23,7 +23,7 @@ from model.grid import Grid
 from model.hypotheses import Chain, Hypothesis, Node
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.sentence import Sentence
-from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, StepModel, causal, pad
+from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, Step, StepModel, causal, pad
 from model.tokenizer import BEGIN, END
 
 __all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "SearchOptions", "Sentence", "score", "search"]
@@ -82,6 +82,8 @@ class Decoding:
         Returns:
             The sentences, in the order given.
         """
+        if not indices:
+            return []
         if any(option.beam_size != self._width for option in options):
             raise ValueError(f"sentences of other beam sizes than {self._width} cannot share this batch")
         self._grid.join(memory, indices)
@@ -91,7 +93,6 @@ class Decoding:
                 option,
                 families - {"encoder"},
                 int(memory.source_mask[index].sum()),
-                self._grid.clock,
                 self._model.vocabulary,
             )
             for index, option, families in zip(indices, options, wanted, strict=True)
@@ -117,8 +118,7 @@ class Decoding:
         needed = NO_FAMILIES.union(*(sentence.needed for sentence in advanced))
         step = self._grid.step(self._tokens, self._parents, next_ids, top, needed)
         if needed:
-            for sentence in advanced:
-                sentence.look(step.cross_attention, step.decoder_attention, self._grid.ring)
+            self._look(advanced, step)
         values, ids = step.top_log_probabilities.astype(np.float64), step.top_ids
         self._refuse_no_numbers(values, step.next_log_probabilities)
         rule_out_unwritable(values, ids)
@@ -149,6 +149,13 @@ class Decoding:
         """Tokens of a sentence that are certain by now, from the first."""
         live = [] if sentence.done else self._live(sentence)
         return sentence.settle(live)
+
+    def _look(self, sentences: Sequence[Sentence], step: Step) -> None:
+        for sentence in sentences:
+            columns = None
+            if step.decoder_attention is not None and "decoder" in sentence.needed:
+                columns = self._grid.columns(self._rows[sentence.place, :, : sentence.age])
+            sentence.look(step, columns)
 
     def _refuse_no_numbers(
         self, values: Float[np.ndarray, "sentence row top"], following: Float[np.ndarray, "sentence row"]
@@ -355,8 +362,8 @@ def score(
     )
     if (lost := np.isnan(step.next_log_probabilities) & real).any():
         raise NotANumberError(
-            f"the model's log-probabilities of {np.count_nonzero(lost)} of {np.count_nonzero(real)} given tokens are no "
-            "numbers (NaN): its values overflowed, or its weights are damaged"
+            f"the model's log-probabilities of {np.count_nonzero(lost)} of {np.count_nonzero(real)} given tokens are "
+            "no numbers (NaN): its values overflowed, or its weights are damaged"
         )
     penalties = length_penalties or [1.0] * len(targets)
     hypotheses = []

@@ -22,7 +22,6 @@ def nowhere(question: Question, _: list[list[Prefix]]) -> Array:
     return np.zeros(question.target_ids.shape, bool)
 
 
-
 class Overflowing(SeedModel):
     """Has no numbers for some rows, in what is likeliest or in what it is asked about besides."""
 
