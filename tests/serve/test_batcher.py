@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from model.errors import InvalidRequestError
 from model.search import Sampling, SearchOptions, score, search
-from model.steps import ALL_FAMILIES, StepModel
+from model.steps import ALL_FAMILIES, Array, Memory, StepModel
 from model.tokenizer import END
 from model.torch_steps import TorchStepModel
 from serve.batcher import Batcher
@@ -21,6 +23,8 @@ from serve.bundle import load_model
 from serve.jobs import Decoded, EngineLimits, Job, Ticket
 from tests.model.toy import small_transformer
 from tests.reversal import Reversal
+from tests.serve.jobs import LONG, SHORT, encoded_alone, job, result
+from tests.serve.steps import Echo
 
 TOLERANCES = {"log-probability": 2e-5, "attention": 2e-6}
 """Largest difference between a float32 answer and the same one alone, as between other ways to one hypothesis."""
@@ -154,6 +158,31 @@ def furthest(model: StepModel, expected: Sequence[Arrival]) -> dict[str, float]:
         else:
             assert answer == reference
     return largest
+
+
+class Watched(Echo):
+    """Remembers, without keeping it, the encoder attention that it has handed out."""
+
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[Array]] = []
+
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
+        memory = super().encode(source_ids, source_mask, attention)
+        if memory.encoder_attention is not None:
+            self.given.append(weakref.ref(memory.encoder_attention))
+        return memory
+
+
+@pytest.mark.parametrize("target", [None, SHORT], ids=["search", "score"])
+def test_an_answer_keeps_nothing_of_its_batch(target: list[int] | None) -> None:
+    model = Watched()
+    batcher, tickets = Batcher(model, EngineLimits()), [Ticket(job(one, target=target)) for one in (SHORT, LONG)]
+    batcher.admit(tickets)
+    gc.collect()
+    assert [one() is None for one in model.given] == [True]
+    while batcher.busy:
+        batcher.step()
+    assert encoded_alone(result(tickets[0]), len(SHORT))
 
 
 WHOEVER_COMES = st.lists(arrivals(), min_size=1, max_size=7)
