@@ -1,4 +1,4 @@
-"""int8 graphs in standard operators, such that no row's result depends on the rows beside it.
+"""int8 graphs in standard operators, whose products give each row a result of its own.
 
     x ── / its row's largest ── QuantizeLinear ── DequantizeLinear ──┐
                     │                                                MatMul ── · its row's largest ──►
@@ -6,7 +6,9 @@
                     └──────────────────────────────────────────────────────┘
 
 ONNX Runtime turns the three in the middle into one integer product. Weights have a scale for each output channel,
-activations one for each row, so that what a sentence shares its batch with changes nothing, not a bit.
+activations one for each row, so that the same row in gives the same row out, to the bit, whatever rows are beside it.
+What goes in is float32, as attention is: its sums depend in their last bits on how many columns a mask hides and where,
+and a last bit can tip a rounding to int8. docs/decisions.md has what that comes to.
 """
 
 from typing import Any, TypeAlias
