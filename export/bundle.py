@@ -2,7 +2,7 @@
 
 checkpoint ── trace ── fp32 graphs ── quantise ── int8 graphs ── verify both against PyTorch ── rename into place
 
-Each precision also gets its encoder and search in one file, held to the answers of the other two.
+Where it is asked for, each precision also gets its encoder and search in one file, held to the answers of the two.
 """
 
 import importlib.metadata
@@ -36,13 +36,15 @@ from export.verify import Parity, verify
 from export.verify_generate import verify_generate
 from model.card import CARD
 from model.checkpoint import SOURCE_TOKENIZER, TARGET_TOKENIZER, WEIGHTS, Checkpoint, atomic_folder, load_checkpoint
-from model.config import ModelConfig
 from model.pairs import Pair
+
+SEARCH_STEP = "search step"
+"""What becomes a part of generate.onnx, and no file of its own."""
 
 VERSIONED = ("limelight", "torch", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 """Packages whose versions the manifest records."""
 
-POSITIONS = {"encoder": "source_ids", "decoder": "target_ids", "search step": "carried.totals"}
+POSITIONS = {"encoder": "source_ids", "decoder": "target_ids", SEARCH_STEP: "carried.totals"}
 """Of each traced graph, an input with one entry for every position that its rows stand for."""
 
 Told = Callable[[str, int], None]
@@ -55,6 +57,8 @@ def export_bundle(
     version: str | None = None,
     verified_on: Mapping[str, Any] | None = None,
     progress: Told = lambda what, count: None,
+    *,
+    generate: bool = False,
 ) -> tuple[Manifest, Parity]:
     """Export a checkpoint in float32 and int8.
 
@@ -65,6 +69,7 @@ def export_bundle(
         version: of the model; by default the first twelve digits of its weights' checksum.
         verified_on: what the pairs are, for the manifest; by default the checkpoint's own data.
         progress: told what is being done, and how many more sources were decoded in it.
+        generate: add generate.onnx to each precision, which doubles the bundle: its weights are its own.
 
     Raises:
         BundleError: something is there that is no bundle.
@@ -76,7 +81,7 @@ def export_bundle(
     checkpoint = load_checkpoint(checkpoint_folder)
     digest = describe_file(checkpoint_folder / WEIGHTS).sha256
     with atomic_folder(bundle) as folder:
-        graphs = _write_graphs(checkpoint, folder, pairs, progress)
+        graphs = _write_graphs(checkpoint, folder, pairs, progress, generate=generate)
         checkpoint.source.save(folder / SOURCE_TOKENIZER)
         checkpoint.target.save(folder / TARGET_TOKENIZER)
         if (checkpoint_folder / CARD).is_file():
@@ -84,7 +89,9 @@ def export_bundle(
         manifest = _describe(checkpoint, folder, graphs, digest, version or digest[:12])
         models = {precision: OnnxStepModel(folder, manifest, precision) for precision in graphs}
         parity = verify(checkpoint, models, pairs, progress)
-        _verify_generate(checkpoint, folder, models, pairs)
+        if generate:
+            progress("comparing generate.onnx", 0)
+            _verify_generate(checkpoint, folder, models, pairs)
         manifest = _with_findings(manifest, parity, dict(verified_on or manifest.provenance.data))
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return manifest, parity
@@ -97,14 +104,15 @@ def _refuse_to_replace(bundle: Path) -> None:
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, folder: Path, pairs: Sequence[Pair], progress: Told
+    checkpoint: Checkpoint, folder: Path, pairs: Sequence[Pair], progress: Told, *, generate: bool
 ) -> dict[Precision, Graphs]:
     sizes = ExampleSizes()
     exported = {
         "encoder": encoder_graph(checkpoint.model, len(checkpoint.source), sizes),
         "decoder": decoder_graph(checkpoint.model, len(checkpoint.target), sizes),
-        "search step": search_step(checkpoint.model, sizes),
     }
+    if generate:
+        exported[SEARCH_STEP] = search_step(checkpoint.model, sizes)
     traced = {}
     for name, module in exported.items():
         progress(f"tracing the {name}", 0)
@@ -112,26 +120,32 @@ def _write_graphs(
         optimise(traced[name], POSITIONS[name])
     progress("looking at the values of real pairs", 0)
     ranges = calibrate({name: traced[name] for name in ("encoder", "decoder")}, exported, checkpoint, pairs)
-    ranges["search step"] = renamed(ranges["decoder"], traced["decoder"].graph, traced["search step"].graph)
+    if generate:
+        ranges[SEARCH_STEP] = renamed(ranges["decoder"], traced["decoder"].graph, traced[SEARCH_STEP].graph)
     progress("quantising", 0)
     quantised = {name: quantise(model, ranges[name]) for name, model in traced.items()}
     specs: dict[Precision, Graphs] = {}
     precisions: dict[Precision, dict[str, onnx.ModelProto]] = {"fp32": traced, "int8": quantised}
     for precision, models in precisions.items():
-        generate = assemble(models["encoder"], models.pop("search step"), checkpoint.config.model)
+        step = models.pop(SEARCH_STEP, None)
+        single = None if step is None else assemble(models["encoder"], step, checkpoint.config.model)
         contracts = {name: finish(model, exported[name]) for name, model in models.items()}
         save_graphs(folder / precision, {f"{name}.onnx": model for name, model in models.items()})
-        save_generate(folder / precision / f"{GENERATE}.onnx", generate)
-        specs[precision] = _specs(precision, contracts, checkpoint.config.model)
+        specs[precision] = _specs(precision, contracts)
+        if single is not None:
+            file = f"{precision}/{GENERATE}.onnx"
+            save_generate(folder / file, single)
+            spec = generate_spec(file, checkpoint.config.model)
+            specs[precision] = specs[precision].model_copy(update={"generate": spec})
     return specs
 
 
-def _specs(precision: Precision, contracts: Mapping[str, Exported], config: ModelConfig) -> Graphs:
+def _specs(precision: Precision, contracts: Mapping[str, Exported]) -> Graphs:
     specs = {
         name: GraphSpec(file=f"{precision}/{name}.onnx", inputs=exported.inputs, outputs=exported.outputs)
         for name, exported in contracts.items()
     }
-    return Graphs(**specs, generate=generate_spec(f"{precision}/{GENERATE}.onnx", config))
+    return Graphs(**specs)
 
 
 def _verify_generate(

@@ -34,6 +34,12 @@ def export(
     version: Annotated[
         str | None, typer.Option(help="Version of the model; by default from the checksum of its weights.")
     ] = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate", help="Add generate.onnx: the whole search in one file, for callers without a decoder."
+        ),
+    ] = False,
 ) -> None:
     """Export a checkpoint to a bundle, in float32 and int8, verified against PyTorch before it is written."""
     console = Console()
@@ -50,6 +56,7 @@ def export(
             version,
             {} if data is None else data.model_dump(mode="json"),
             lambda what, count: status.update(what if not count else f"decoding: {what}"),
+            generate=generate,
         )
     console.print(parity_table(manifest))
     size = {

@@ -91,7 +91,7 @@ class Graphs(Frozen):
     decoder: GraphSpec
     """One step over new target positions."""
     generate: GraphSpec | None = None
-    """The whole search in one file that needs no other, for whoever has no decoder: the server does without it."""
+    """The whole search in one file that needs no other, where it was asked for: the server does without it."""
 
 
 class SpecialIds(Frozen):

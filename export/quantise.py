@@ -1,12 +1,14 @@
-"""int8 graphs in standard operators, such that no row's result depends on the rows beside it.
+"""int8 graphs in standard operators, whose products give each row a result of its own.
 
     x ── QuantizeLinear ── DequantizeLinear ──┐
               │    │                        Gemm ──►
          its range │    int8 weights ── DequantizeLinear ──┘
 
 ONNX Runtime turns the last three into one integer product. Weights have a scale for each output channel. Activations
-have one for each tensor, known beforehand (`export.calibrate`): so that what a sentence shares its batch with changes
-nothing, and that a step does not have to look for it.
+have one for each tensor, known beforehand (`export.calibrate`): so the same row in gives the same row out, to the bit,
+whatever rows are beside it, and a step does not have to look for scales. What goes in is float32, as attention is: its
+sums depend in their last bits on how many columns a mask hides and where, and a last bit can tip a rounding to int8.
+docs/decisions.md has what that comes to.
 """
 
 from collections.abc import Mapping

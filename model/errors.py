@@ -26,6 +26,10 @@ class MissingExtraError(LimelightError):
         )
 
 
+class NotANumberError(LimelightError):
+    """A network that gives no numbers: its values overflowed, or its weights are damaged."""
+
+
 class InvalidRequestError(LimelightError):
     """A request that can never succeed as it stands.
 

@@ -52,6 +52,8 @@ class Grid:
             memory: of the batch.
             sentences: which of them.
         """
+        if not sentences:
+            return
         if not self.count:
             self._start(memory, sentences)
         else:
@@ -95,7 +97,7 @@ class Grid:
             next_ids: tokens whose log-probabilities are wanted besides.
             top: how many candidates are wanted.
             attention: families to return. Columns of decoder attention are the ring's, `width` rows each, and then the
-                new position of every row: see `model.hypotheses.Glimpse`.
+                new position of every row: see `columns`.
         """
         count, width = self.count, self.width
         if int(self.age.max()) >= self.ring:
@@ -118,6 +120,17 @@ class Grid:
         )
         self._remember(step.state)
         return step
+
+    def columns(self, rows: Int[np.ndarray, "row time"]) -> Int[np.ndarray, "row read"]:
+        """Where the newest step's decoder attention has what each row of a sentence has read, its new token last.
+
+        Args:
+            rows: which row of the sentence read each token before, in the line that ends in each row.
+        """
+        count = rows.shape[1]
+        times = self.clock - 1 - count + np.arange(count)
+        own = self.ring * self.width + np.arange(self.width)[:, None]
+        return np.concatenate((times % self.ring * self.width + rows, own), 1)
 
     def _parents_state(self, index: int, parents: Array) -> Array:
         tensor = self._state[index][: self.count]

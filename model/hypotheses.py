@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -42,27 +42,12 @@ class Hypothesis:
 
 
 class Glimpse(NamedTuple):
-    """What the rows of one sentence looked at in one step."""
+    """What the rows of one sentence looked at in one step; of its own, so that nothing of its batch is kept alive."""
 
     cross: Float[np.ndarray, "layer head row source"] | None
-    decoder: Float[np.ndarray, "layer head row column"] | None
-    clock: int
-    """The grid's, when the sentence joined."""
-    ring: int
-    """Columns of the grid's past in this step."""
-
-    def column(self, time: int | Int[np.ndarray, " time"], row: int | Int[np.ndarray, " time"]) -> Any:
-        """Column of the decoder attention that holds what a row read at an earlier step of the sentence."""
-        width = self._width
-        return (self.clock + time) % self.ring * width + row
-
-    def own(self, row: int) -> int:
-        """Column of what a row read in this step."""
-        return self.ring * self._width + row
-
-    @property
-    def _width(self) -> int:
-        return 0 if self.decoder is None else self.decoder.shape[2]
+    """Padding cut off."""
+    decoder: Float[np.ndarray, "layer head row read"] | None
+    """Over the begin token and what each row has read after it."""
 
 
 @dataclass(frozen=True)
@@ -87,66 +72,52 @@ class Chain:
     total: float
     """Total log-probability."""
 
-    def score(self, options: SearchOptions, trail: Sequence[Glimpse], source_length: int) -> float:
+    def score(self, options: SearchOptions, trail: Sequence[Glimpse]) -> float:
         """What hypotheses are compared by."""
         score: float = self.total / len(self.tokens) ** options.length_penalty
         if options.coverage_penalty:
-            cross = self.cross_attention(trail, source_length)
+            cross = self.cross_attention(trail)
+            if cross is None:
+                raise ValueError("coverage_penalty needs cross-attention, and the model returned none")
             covered = cross.mean((0, 1)).sum(0).clip(LEAST_COVERAGE, 1.0)
             score += options.coverage_penalty * float(np.log(covered).sum())
         return score
 
-    def cross_attention(
-        self, trail: Sequence[Glimpse], source_length: int
-    ) -> Float[np.ndarray, "layer head target source"]:
-        """The rows that produced the tokens."""
-        return np.stack([cross_row(trail, self.rows, t, source_length) for t in range(len(self.rows))], 2)
+    def cross_row(self, trail: Sequence[Glimpse], t: int) -> Float[np.ndarray, "layer head source"] | None:
+        """Attention of the step that chose token t; None where the trail has none."""
+        cross = trail[t].cross if trail else None
+        return None if cross is None else cross[:, :, self.rows[t]]
 
-    def decoder_attention(self, trail: Sequence[Glimpse]) -> Float[np.ndarray, "layer head target target"]:
+    def decoder_row(self, trail: Sequence[Glimpse], t: int) -> Float[np.ndarray, "layer head read"] | None:
+        """Attention of the step that chose token t, over the begin token and those before t."""
+        decoder = trail[t].decoder if trail else None
+        return None if decoder is None else decoder[:, :, self.rows[t]]
+
+    def cross_attention(self, trail: Sequence[Glimpse]) -> Float[np.ndarray, "layer head target source"] | None:
+        """The rows that produced the tokens."""
+        rows = [row for t in range(len(self.rows)) if (row := self.cross_row(trail, t)) is not None]
+        return np.stack(rows, 2) if rows else None
+
+    def decoder_attention(self, trail: Sequence[Glimpse]) -> Float[np.ndarray, "layer head target target"] | None:
         """The rows that produced the tokens; zero above the diagonal."""
-        count = len(self.rows)
-        first = decoder_row(trail, self.rows, 0)
+        count, first = len(self.rows), self.decoder_row(trail, 0)
+        if first is None:
+            return None
         weights = np.zeros((*first.shape[:2], count, count), first.dtype)
         for t in range(count):
-            weights[:, :, t, : t + 1] = decoder_row(trail, self.rows, t)
+            weights[:, :, t, : t + 1] = self.decoder_row(trail, t)
         return weights
 
-    def hypothesis(self, score: float, trail: Sequence[Glimpse], source_length: int) -> Hypothesis:
-        """For whoever asked, with the attention that was asked for."""
-        looked = trail[0] if trail else None
+    def hypothesis(self, score: float, trail: Sequence[Glimpse]) -> Hypothesis:
+        """For whoever asked, with the attention that the trail has."""
         return Hypothesis(
             tokens=self.tokens.tolist(),
             log_probabilities=self.log_probabilities.tolist(),
             score=score,
             finish_reason="stop" if self.tokens[-1] == END else "length",
-            cross_attention=self.cross_attention(trail, source_length)
-            if trail and trail[0].cross is not None
-            else None,
-            decoder_attention=self.decoder_attention(trail) if looked and looked.decoder is not None else None,
+            cross_attention=self.cross_attention(trail),
+            decoder_attention=self.decoder_attention(trail),
         )
-
-
-def cross_row(
-    trail: Sequence[Glimpse], rows: Int[np.ndarray, " target"], t: int, source_length: int
-) -> Float[np.ndarray, "layer head source"]:
-    """Cross-attention of the step that chose token t."""
-    cross = trail[t].cross
-    if cross is None:
-        raise ValueError("cross-attention was not asked for")
-    row: np.ndarray = cross[:, :, rows[t], :source_length]
-    return row
-
-
-def decoder_row(
-    trail: Sequence[Glimpse], rows: Int[np.ndarray, " target"], t: int
-) -> Float[np.ndarray, "layer head read"]:
-    """Decoder attention of the step that chose token t, over the begin token and those before t."""
-    glimpse = trail[t]
-    if glimpse.decoder is None:
-        raise ValueError("decoder attention was not asked for")
-    columns = np.append(glimpse.column(np.arange(t), rows[:t]), glimpse.own(rows[t]))
-    row: np.ndarray = glimpse.decoder[:, :, rows[t]][:, :, columns]
-    return row
 
 
 def bound(total: float, options: SearchOptions) -> float:

@@ -18,12 +18,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from model.constraints import rule_out_unwritable
+from model.errors import NotANumberError
 from model.grid import Grid
 from model.hypotheses import Chain, Hypothesis, Node
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.reading import read
 from model.sentence import Sentence
-from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, StepModel, causal, pad
+from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, Step, StepModel, causal, pad
 from model.vocabulary import BEGIN, END
 
 __all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "SearchOptions", "Sentence", "score", "search"]
@@ -85,6 +86,8 @@ class Decoding:
         Raises:
             InvalidRequestError: an option names an id that the vocabulary does not have; nothing has joined.
         """
+        if not indices:
+            return []
         if any(option.beam_size != self._width for option in options):
             raise ValueError(f"sentences of other beam sizes than {self._width} cannot share this batch")
         for option in options:
@@ -96,7 +99,6 @@ class Decoding:
                 option,
                 families - {"encoder"},
                 int(memory.source_mask[index].sum()),
-                self._grid.clock,
                 self._model.vocabulary,
             )
             for index, option, families in zip(indices, options, wanted, strict=True)
@@ -108,7 +110,11 @@ class Decoding:
         return joined
 
     def step(self) -> list[Sentence]:
-        """One decoder step for every sentence; those that are done leave. Returns all that took part."""
+        """One decoder step for every sentence; those that are done leave. Returns all that took part.
+
+        Raises:
+            NotANumberError: the model gave NaN for what can still become an answer. This decoding is of no use then.
+        """
         advanced = list(self.sentences)
         special = [sentence for sentence in advanced if not sentence.constraints.idle]
         next_ids = np.zeros_like(self._tokens)
@@ -118,9 +124,9 @@ class Decoding:
         needed = NO_FAMILIES.union(*(sentence.needed for sentence in advanced))
         step = self._grid.step(self._tokens, self._parents, next_ids, top, needed)
         if needed:
-            for sentence in advanced:
-                sentence.look(step.cross_attention, step.decoder_attention, self._grid.ring)
+            self._look(advanced, step)
         values, ids = step.top_log_probabilities.astype(np.float64), step.top_ids
+        self._refuse_no_numbers(values, step.next_log_probabilities)
         rule_out_unwritable(values, ids)
         for sentence in special:
             place, age = sentence.place, sentence.age
@@ -149,6 +155,26 @@ class Decoding:
         """Tokens of a sentence that are certain by now, from the first."""
         live = [] if sentence.done else self._live(sentence)
         return sentence.settle(live)
+
+    def _look(self, sentences: Sequence[Sentence], step: Step) -> None:
+        for sentence in sentences:
+            columns = None
+            if step.decoder_attention is not None and "decoder" in sentence.needed:
+                columns = self._grid.columns(self._rows[sentence.place, :, : sentence.age])
+            sentence.look(step, columns)
+
+    def _refuse_no_numbers(
+        self, values: Float[np.ndarray, "sentence row top"], following: Float[np.ndarray, "sentence row"]
+    ) -> None:
+        # One NaN among the scores makes every log-probability of its row NaN, so what is returned of it suffices.
+        unknown = (np.isnan(values).any(2) | np.isnan(following)) & (self._totals > -np.inf)
+        if unknown.any():
+            place = int(unknown.any(1).argmax())
+            raise NotANumberError(
+                f"after {self.sentences[place].age} tokens of an answer the model's log-probabilities are no numbers "
+                f"(NaN), in {np.count_nonzero(unknown)} of {unknown.size} rows: its values overflowed, or its weights "
+                "are damaged"
+            )
 
     def _live(self, sentence: Sentence) -> list[Chain]:
         place = sentence.place
@@ -286,6 +312,10 @@ def search(
 
     Returns:
         For each sentence its n best hypotheses, best first.
+
+    Raises:
+        InvalidRequestError: options left no token to choose.
+        NotANumberError: the model gave NaN.
     """
     decoding = Decoding(model, options[0].beam_size)
     memory = read(model, sources)
@@ -312,8 +342,11 @@ def score(
         length_penalties: for the score of each, as in a search; by default 1.
         memory: of the sources, where they were read already.
         attention: families that the hypotheses are to carry.
+
+    Raises:
+        NotANumberError: the model gave NaN for a given token.
     """
-    next_ids, _ = pad(targets)
+    next_ids, real = pad(targets)
     target_ids, _ = pad([[BEGIN, *target[:-1]] for target in targets])
     count, length = target_ids.shape
     sizes = {"past": 1, "row": 1, "source": 0}
@@ -333,21 +366,27 @@ def score(
             attention=attention - {"encoder"},
         )
     )
+    if (lost := np.isnan(step.next_log_probabilities) & real).any():
+        raise NotANumberError(
+            f"the model's log-probabilities of {np.count_nonzero(lost)} of {np.count_nonzero(real)} given tokens are "
+            "no numbers (NaN): its values overflowed, or its weights are damaged"
+        )
     penalties = length_penalties or [1.0] * len(targets)
     hypotheses = []
     for row, target in enumerate(targets):
-        real = len(target)
-        values: list[float] = step.next_log_probabilities[row, :real].tolist()
+        end = len(target)
+        values: list[float] = step.next_log_probabilities[row, :end].tolist()
         reason: Literal["stop", "length"] = "stop" if target[-1] == END else "length"
         cross, own = step.cross_attention, step.decoder_attention
         hypotheses.append(
             Hypothesis(
                 tokens=list(target),
                 log_probabilities=values,
-                score=sum(values) / real ** penalties[row],
+                score=sum(values) / end ** penalties[row],
                 finish_reason=reason,
-                cross_attention=None if cross is None else cross[row, :, :, :real, : len(sources[row])],
-                decoder_attention=None if own is None else own[row, :, :, :real, 1 : real + 1],
+                # Copies: a view would keep the whole batch's attention for as long as one answer lives.
+                cross_attention=None if cross is None else cross[row, :, :, :end, : len(sources[row])].copy(),
+                decoder_attention=None if own is None else own[row, :, :, :end, 1 : end + 1].copy(),
             )
         )
     return hypotheses

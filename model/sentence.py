@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Int
+
 from model.constraints import Constraints
 from model.errors import InvalidRequestError
-from model.hypotheses import Chain, Glimpse, Hypothesis, Node, bound, cross_row, decoder_row
+from model.hypotheses import Chain, Glimpse, Hypothesis, Node, bound
 from model.options import SearchOptions
-from model.steps import Array, Family
+from model.steps import Family, Step
 
 
 class Sentence:
@@ -22,12 +25,12 @@ class Sentence:
     """
 
     def __init__(
-        self, options: SearchOptions, attention: frozenset[Family], source_length: int, clock: int, vocabulary: int
+        self, options: SearchOptions, attention: frozenset[Family], source_length: int, vocabulary: int
     ) -> None:
         self.options, self.attention, self.done = options, attention, False
         self.place, self.age = 0, 0
         self.constraints = Constraints(options, vocabulary)
-        self._source_length, self._clock = source_length, clock
+        self._source_length = source_length
         self._trail: list[Glimpse] = []
         self._finished: list[tuple[float, Chain]] = []
         self._settled: list[Node] = []
@@ -43,22 +46,25 @@ class Sentence:
         """Hypotheses that have ended."""
         return len(self._finished)
 
-    def look(self, cross: Array | None, decoder: Array | None, ring: int) -> None:
-        """Keep what a step's rows looked at, of the families that are needed."""
-        if not self.needed & {"cross", "decoder"}:
-            return
-        self._trail.append(
-            Glimpse(
-                cross[self.place] if cross is not None and "cross" in self.needed else None,
-                decoder[self.place] if decoder is not None and "decoder" in self.needed else None,
-                self._clock,
-                ring,
-            )
-        )
+    def look(self, step: Step, columns: Int[np.ndarray, "row read"] | None) -> None:
+        """Keep what its rows looked at in a step, of the families that are needed: copies, of nothing but that.
+
+        Args:
+            step: of the whole batch.
+            columns: where the decoder attention has what each row has read; None where it is not needed.
+        """
+        cross = decoder = None
+        if step.cross_attention is not None and "cross" in self.needed:
+            cross = step.cross_attention[self.place, ..., : self._source_length].copy()
+        if step.decoder_attention is not None and columns is not None:
+            rows = np.arange(len(columns))[:, None]
+            decoder = step.decoder_attention[self.place][:, :, rows, columns]
+        if cross is not None or decoder is not None:
+            self._trail.append(Glimpse(cross, decoder))
 
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""
-        self._finished.append((chain.score(self.options, self._trail, self._source_length), chain))
+        self._finished.append((chain.score(self.options, self._trail), chain))
 
     def fail(self) -> None:
         """Give up: the options rule out every token."""
@@ -80,7 +86,7 @@ class Sentence:
         if self._error is not None:
             raise self._error
         kept = [glimpse._replace(cross=glimpse.cross if "cross" in self.attention else None) for glimpse in self._trail]
-        return [chain.hypothesis(score, kept, self._source_length) for score, chain in self._best()]
+        return [chain.hypothesis(score, kept) for score, chain in self._best()]
 
     def settle(self, live: Sequence[Chain]) -> list[Node]:
         """Tokens that every hypothesis still in play shares, from the first: what a stream can already send."""
@@ -99,8 +105,8 @@ class Sentence:
         return Node(
             int(chain.tokens[t]),
             float(chain.log_probabilities[t]),
-            cross_row(self._trail, chain.rows, t, self._source_length) if "cross" in self.attention else None,
-            decoder_row(self._trail, chain.rows, t) if "decoder" in self.attention else None,
+            chain.cross_row(self._trail, t) if "cross" in self.attention else None,
+            chain.decoder_row(self._trail, t),
         )
 
     def _best(self) -> list[tuple[float, Chain]]:

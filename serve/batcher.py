@@ -51,7 +51,7 @@ class Batcher:
         jobs = [*(other.job for other in chosen), ticket.job]
         padded = len(jobs) * max(job.side for job in jobs)
         if ticket.job.target is not None:  # a pass of its own, not a part of the running batch
-            size = padded * max(job.side for job in jobs)
+            size = padded * max(job.side for job in jobs) if any(job.attention for job in jobs) else 0
             return not chosen or (
                 padded <= limits.encode_tokens and len(jobs) <= limits.rows and size <= limits.attention
             )
@@ -189,7 +189,8 @@ def _begun(ticket: Ticket, attention: Any, index: int) -> Decoded:
     if attention is None or "encoder" not in ticket.job.attention:
         return Decoded(None, [])
     length = len(ticket.job.source)
-    cut: Float[np.ndarray, "layer head source source"] = attention[index, :, :, :length, :length]
+    # A copy: a view would keep the whole batch's attention for as long as one answer lives.
+    cut: Float[np.ndarray, "layer head source source"] = attention[index, :, :, :length, :length].copy()
     return Decoded(cut, [])
 
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from export.cpu import available_cpus
 from export.manifest import BundleError, Manifest, Precision, check_files, read_manifest
 from export.runtime import OnnxStepModel, RuntimeOptions
-from model.errors import InvalidRequestError
+from model.errors import InvalidRequestError, NotANumberError
 from model.search import SearchOptions, search
 from model.steps import StepModel
 from model.tokenizer import Tokenizer
@@ -108,9 +108,8 @@ def warm_up(model: ServedModel) -> None:
     """
     longest = min(4, model.manifest.limits.longest_target)
     try:
-        with np.errstate(invalid="ignore"):
-            found = search(model.steps, [[END]], [SearchOptions(longest=longest, beam_size=2)])
-    except InvalidRequestError as error:  # a search without constraints: what is no number looks like ruled out
+        found = search(model.steps, [[END]], [SearchOptions(longest=longest, beam_size=2)])
+    except (InvalidRequestError, NotANumberError) as error:  # without constraints, only infinity rules everything out
         raise BundleError(f"{model.manifest.name}: the warm-up gave log-probabilities that are no numbers") from error
     values = np.array(found[0][0].log_probabilities)
     if not np.all(np.isfinite(values) & (values <= 1e-5)):

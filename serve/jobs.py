@@ -65,7 +65,11 @@ class Job:
         return max(len(self.source), len(self.target or ()))
 
     def attention_size(self, age: int = 0) -> int:
-        """Weights of one head that are kept for it when so many tokens are generated."""
+        """Most weights of one head, of any one family, kept for it by the time that so many tokens are generated.
+
+        Encoder attention is the source squared; cross-attention, for each row, the answer times the source; decoder
+        attention, for each row, half the answer squared. An answer counts as at least as long as its source.
+        """
         return self.options.beam_size * max(self.side, age) ** 2 if self.attention else 0
 
 
@@ -83,8 +87,9 @@ class EngineLimits:
     """Most tokens of source and target, over all rows, that keys and values can come to be kept of: each row counts
     with its longest answer. A single request may have more."""
     attention: int = 8 * 1024 * 1024
-    """Weights of one attention head kept for answers under way (rows times the square of the longer side, of requests
-    that asked for any) beyond which no more are let in."""
+    """Most weights of one attention head, of any one family, kept for answers under way, or computed at a time for
+    targets that are scored: rows times the square of the longer side so far, for requests that asked for any. Answers
+    that grow beyond it keep what they have, but no more are let in; a single request may have more."""
 
 
 @dataclass(eq=False)

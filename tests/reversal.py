@@ -88,7 +88,7 @@ def reversal_model(folder: Path) -> Reversal:
     with chdir(folder):  # the configuration's paths are relative, so that nothing of this machine goes into the bundle
         train(reversal_config(), folder / "run")
     torch.set_num_threads(threads)
-    manifest, parity = export_bundle(checkpoint, bundle, pairs(parts()["validation"]), version="1")
+    manifest, parity = export_bundle(checkpoint, bundle, pairs(parts()["validation"]), version="1", generate=True)
     return Reversal(folder, checkpoint, bundle, manifest, parity)
 
 

@@ -98,10 +98,23 @@ def test_ask(command: str, folder: Path, served: str) -> None:
         assert (folder / name).stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [code for code in blocks("python") if "Client" in code])
 def test_python(code: str, served: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code.replace("127.0.0.1:50051", served), "README.md", "exec"), {})
     assert "P AA D K AE S T" in capsys.readouterr().out
+
+
+def test_the_single_file(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    [export] = [line for line in commands() if line.endswith(" --generate")]
+    [code] = [code for code in blocks("python") if "generate.onnx" in code]
+    run(export, folder)
+    monkeypatch.chdir(folder)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("P AA D K AE S T (1, 2, 4, 8, 8)")
+
+
+def test_every_example_is_run() -> None:
+    assert [code for code in blocks("python") if ("Client" in code) == ("generate.onnx" in code)] == []
 
 
 def test_train_and_evaluate(folder: Path) -> None:

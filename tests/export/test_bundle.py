@@ -25,9 +25,11 @@ FILES = {
     *(
         f"{precision}/{file}"
         for precision in ("fp32", "int8")
-        for file in ("encoder.onnx", "decoder.onnx", "weights.bin", "generate.onnx")
+        for file in ("encoder.onnx", "decoder.onnx", "weights.bin")
     ),
 }
+SINGLE_FILES = {"fp32/generate.onnx", "int8/generate.onnx"}
+"""What comes besides where it is asked for."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -44,7 +46,7 @@ def double_a_weight(model: onnx.ModelProto) -> None:
 def test_a_bundle_holds_what_it_lists(exported: Toy | Reversal) -> None:
     manifest = read_manifest(exported.bundle)
     card = {"MODEL_CARD.md"} if (exported.checkpoint / "MODEL_CARD.md").is_file() else set[str]()
-    assert contents(exported.bundle).keys() == FILES | card
+    assert contents(exported.bundle).keys() == FILES | SINGLE_FILES | card
     assert manifest.files.keys() == contents(exported.bundle).keys() - {"bundle.json"}
     check_files(exported.bundle, manifest)
     assert manifest == exported.manifest
@@ -123,8 +125,22 @@ def test_the_model_card_travels_with_the_model(untied: Toy, tmp_path: Path, monk
 
 def test_one_trace_always_gives_the_same_bytes(untied: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     retrace(untied, monkeypatch)
-    export_bundle(untied.checkpoint, tmp_path / "bundle", PAIRS)
+    export_bundle(untied.checkpoint, tmp_path / "bundle", PAIRS, generate=True)
     assert contents(tmp_path / "bundle") == contents(untied.bundle)
+
+
+def test_the_single_file_is_left_out_unless_asked_for(
+    untied: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else is another: the graphs beside it are the same to the byte."""
+    retrace(untied, monkeypatch)
+    manifest, _ = export_bundle(untied.checkpoint, tmp_path / "bundle", PAIRS)
+    assert [manifest.graphs[precision].generate for precision in manifest.graphs] == [None, None]
+    check_files(tmp_path / "bundle", manifest)
+    found, expected = contents(tmp_path / "bundle"), contents(untied.bundle)
+    assert found.keys() == FILES
+    for name in FILES - {"bundle.json"}:
+        assert found[name] == expected[name], name
 
 
 def test_a_verified_bundle_takes_the_place_of_an_older_one(
@@ -154,7 +170,7 @@ def test_an_empty_folder_may_be_filled(untied: Toy, tmp_path: Path, monkeypatch:
     (tmp_path / "bundle").mkdir()
     retrace(untied, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    export_bundle(untied.checkpoint, Path("bundle"), PAIRS)
+    export_bundle(untied.checkpoint, Path("bundle"), PAIRS, generate=True)
     assert contents(tmp_path / "bundle") == contents(untied.bundle)
 
 

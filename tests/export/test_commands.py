@@ -126,6 +126,16 @@ def test_export_writes_a_bundle_and_says_what_it_found(
     assert told.endswith(f"bundle: untied 7, fp32 {fp32:.1f} MB, int8 {int8:.1f} MB; 2 sources decoded\n")
 
 
+def test_export_adds_the_single_file_when_asked(
+    untied: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_data: tuple[str, ...]
+) -> None:
+    retrace(untied, monkeypatch)
+    run("export", untied.checkpoint, tmp_path / "bundle", "--generate", *toy_data)
+    manifest = read_manifest(tmp_path / "bundle")
+    assert {"fp32/generate.onnx", "int8/generate.onnx"} <= manifest.files.keys()
+    assert manifest.graphs == untied.manifest.graphs
+
+
 def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 

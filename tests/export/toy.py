@@ -90,7 +90,7 @@ def toy_model(name: str, folder: Path) -> Toy:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.bundle, "trace", remember)
-        manifest, parity = export_bundle(folder / "checkpoint", folder / "bundle", PAIRS)
+        manifest, parity = export_bundle(folder / "checkpoint", folder / "bundle", PAIRS, generate=True)
     return Toy(folder, traced, manifest, parity)
 
 

@@ -1,7 +1,8 @@
 """Whoever comes, goes and gives up when: each answer of the batcher is the one that its request gets alone."""
 
-import dataclasses
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.manifest import Precision
 from model.errors import InvalidRequestError
 from model.search import Sampling, SearchOptions, score, search
-from model.steps import ALL_FAMILIES, StepModel
+from model.steps import ALL_FAMILIES, Array, Memory, StepModel
 from model.torch_steps import TorchStepModel
 from model.vocabulary import END
 from serve.batcher import Batcher
@@ -21,9 +23,18 @@ from serve.bundle import load_model
 from serve.jobs import Decoded, EngineLimits, Job, Ticket
 from tests.model.toy import small_transformer
 from tests.reversal import Reversal
+from tests.serve.jobs import LONG, SHORT, encoded_alone, job, result
+from tests.serve.steps import Echo
 
-TOLERANCES = {"log-probability": 2e-5, "attention": 2e-6}
-"""Largest difference between a float32 answer and the same one alone, as between other ways to one hypothesis."""
+TOLERANCES: dict[str, dict[str, float]] = {
+    "fp32": {"log-probability": 2e-5, "attention": 2e-6},
+    # Where a sum's last bit tips a rounding, a value moves by a level: seldom, and by far more than a last bit.
+    "int8": {"log-probability": 5e-3, "attention": 5e-4},
+}
+"""Largest difference between an answer and the same one alone, whose tokens must be equal: sums of float32 depend on
+their order, and so on padding, and on the columns in which a request that joins late has its past. Measured
+here: 4.3e-6 and 9e-7 in float32, 2.9e-6 and 1e-6 in int8, where of the shipped model's answers the furthest differed by
+3.2e-4."""
 
 LONGEST_SOURCE, LONGEST_TARGET, SMALLEST_VOCABULARY = 20, 18, 11
 
@@ -141,7 +152,7 @@ def answered(work: Callable[[], Decoded]) -> Decoded | str:
 
 def furthest(model: StepModel, expected: Sequence[Arrival]) -> dict[str, float]:
     """Largest differences of all answers from those alone; whoever gave up in time has none."""
-    largest = dict.fromkeys(TOLERANCES, 0.0)
+    largest = dict.fromkeys(TOLERANCES["fp32"], 0.0)
     for ticket, one in zip(run(model, expected), expected, strict=True):
         assert ticket.future.done()
         if ticket.future.cancelled():
@@ -156,6 +167,31 @@ def furthest(model: StepModel, expected: Sequence[Arrival]) -> dict[str, float]:
     return largest
 
 
+class Watched(Echo):
+    """Remembers, without keeping it, the encoder attention that it has handed out."""
+
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[Array]] = []
+
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
+        memory = super().encode(source_ids, source_mask, attention)
+        if memory.encoder_attention is not None:
+            self.given.append(weakref.ref(memory.encoder_attention))
+        return memory
+
+
+@pytest.mark.parametrize("target", [None, SHORT], ids=["search", "score"])
+def test_an_answer_keeps_nothing_of_its_batch(target: list[int] | None) -> None:
+    model = Watched()
+    batcher, tickets = Batcher(model, EngineLimits()), [Ticket(job(one, target=target)) for one in (SHORT, LONG)]
+    batcher.admit(tickets)
+    gc.collect()
+    assert [one() is None for one in model.given] == [True]
+    while batcher.busy:
+        batcher.step()
+    assert encoded_alone(result(tickets[0]), len(SHORT))
+
+
 WHOEVER_COMES = st.lists(arrivals(), min_size=1, max_size=7)
 
 
@@ -167,20 +203,37 @@ def torch_model() -> StepModel:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(expected=WHOEVER_COMES)
 def test_an_answer_is_the_one_that_its_request_gets_alone(torch_model: StepModel, expected: list[Arrival]) -> None:
-    found = furthest(torch_model, expected)
-    assert all(found[name] <= TOLERANCES[name] for name in found), found
+    assert_within("fp32", furthest(torch_model, expected))
+
+
+def assert_within(precision: str, found: dict[str, float]) -> None:
+    assert all(found[name] <= limit for name, limit in TOLERANCES[precision].items()), found
 
 
 @pytest.fixture(scope="module")
-def int8_model(reversal: Reversal) -> StepModel:
-    return load_model(reversal.bundle, provider="cpu", precision="int8", threads=1).steps
+def graphs(reversal: Reversal) -> dict[str, StepModel]:
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    return {one: load_model(reversal.bundle, provider="cpu", precision=one, threads=1).steps for one in precisions}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(expected=WHOEVER_COMES)
-def test_int8_graphs_give_it_bit_for_bit_to_those_who_come_together(
-    int8_model: StepModel, expected: list[Arrival]
-) -> None:
-    """Who joins others later has its past in other columns, and sums of float32 depend on their order."""
-    together = [dataclasses.replace(one, after=0) for one in expected]
-    assert furthest(int8_model, together)["log-probability"] == 0
+def crowd(count: int, beam_size: int) -> list[Arrival]:
+    """Searches that come one by one or together, of random words, each with all its attention."""
+    draw = np.random.default_rng(beam_size)
+    return [
+        Arrival(
+            Job(
+                source=[*draw.integers(4, SMALLEST_VOCABULARY, draw.integers(0, LONGEST_SOURCE)).tolist(), END],
+                options=SearchOptions(longest=LONGEST_TARGET, beam_size=beam_size, hypotheses=beam_size),
+                attention=ALL_FAMILIES,
+            ),
+            after=int(draw.integers(0, 4)),
+            patience=None,
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_graphs_give_it_within_a_tolerance(graphs: dict[str, StepModel], precision: str, beam_size: int) -> None:
+    assert_within(precision, furthest(graphs[precision], crowd(40, beam_size)))

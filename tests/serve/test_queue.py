@@ -14,6 +14,7 @@ TOKENS = {len(source): len(source) + 16 for source in (SHORT, MIDDLE)}
 """What a row of each counts as, with its longest answer."""
 
 PLAIN = job(MIDDLE, attention=NO_FAMILIES)
+PLAIN_SCORE = job(MIDDLE, target=MIDDLE, attention=NO_FAMILIES)
 
 BATCHES: dict[str, tuple[dict[str, int], list[Job], list[int]]] = {
     "whatever waits": ({}, [job(SHORT), job(LONG), job(MIDDLE)], [3]),
@@ -37,6 +38,14 @@ BATCHES: dict[str, tuple[dict[str, int], list[Job], list[int]]] = {
     "attention counts for each beam": ({"attention": 36}, [job(MIDDLE, beam_size=2)] * 2, [1, 1]),
     "attention of scores is padded": ({"attention": 36}, [job(SHORT, target=MIDDLE)] * 3, [2, 1]),
     "no attention counts for nothing": ({"attention": 4}, [PLAIN] * 3, [3]),
+    "no attention of scores counts for nothing": ({"attention": 4}, [PLAIN_SCORE] * 3, [3]),
+    "scores without are still limited in tokens": ({"encode_tokens": 8}, [PLAIN_SCORE] * 3, [2, 1]),
+    # One that wants attention gets it computed for all that are scored with it.
+    "attention of scores is that of all": (
+        {"attention": 36},
+        [PLAIN_SCORE, PLAIN_SCORE, job(MIDDLE, target=MIDDLE)],
+        [2, 1],
+    ),
     # What is over a limit by itself runs by itself.
     "one job is always taken": ({"rows": 1, "tokens": 1}, [job(LONG, beam_size=4), job(SHORT)], [1, 1]),
     "one job is always read": ({"encode_tokens": 1}, [job(LONG), job(SHORT)], [1, 1]),
