@@ -64,7 +64,7 @@ CONSTRAINED: dict[str, dict[str, object]] = {
     "no pair twice": {"no_repeat_ngram": 2},
     "no triple twice": {"no_repeat_ngram": 3},
     "suppressed": {"suppressed": frozenset({4, 7})},
-    "absent suppressed": {"suppressed": frozenset({0, 1, 900})},
+    "suppressed that stand for no text": {"suppressed": frozenset({0, 1})},
     "all of them": {"shortest": 5, "prefix": (8, 8), "no_repeat_ngram": 2, "suppressed": frozenset({4})},
 }
 
