@@ -167,12 +167,12 @@ class Decoding:
         self, values: Float[np.ndarray, "sentence row top"], following: Float[np.ndarray, "sentence row"]
     ) -> None:
         # One NaN among the scores makes every log-probability of its row NaN, so what is returned of it suffices.
-        unknown = (np.isnan(values).any(2) | np.isnan(following)) & (self._totals > -np.inf)
+        unknown = (~(values < np.inf).all(2) | ~(following < np.inf)) & (self._totals > -np.inf)
         if unknown.any():
             place = int(unknown.any(1).argmax())
             raise NotANumberError(
-                f"after {self.sentences[place].age} tokens of an answer the model's log-probabilities are no numbers "
-                f"(NaN), in {np.count_nonzero(unknown)} of {unknown.size} rows: its values overflowed, or its weights "
+                f"after {self.sentences[place].age} tokens of an answer the model's log-probabilities are no numbers, "
+                f"in {np.count_nonzero(unknown)} of {unknown.size} rows: its values overflowed, or its weights "
                 "are damaged"
             )
 
@@ -346,30 +346,12 @@ def score(
     Raises:
         NotANumberError: the model gave NaN for a given token.
     """
-    next_ids, real = pad(targets)
-    target_ids, _ = pad([[BEGIN, *target[:-1]] for target in targets])
-    count, length = target_ids.shape
-    sizes = {"past": 1, "row": 1, "source": 0}
-    step = model.step(
-        Question(
-            target_ids=target_ids,
-            positions=np.broadcast_to(np.arange(length), target_ids.shape).copy(),
-            new_visible=causal(length).repeat(count, 0),
-            past_visible=np.zeros((count, length, 1), bool),  # one column that nobody sees: no axis is ever empty
-            next_ids=next_ids,
-            top=1,
-            memory=memory or read(model, sources),
-            state=tuple(
-                np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), np.float32)
-                for kept in model.state
-            ),
-            attention=attention - {"encoder"},
-        )
-    )
-    if (lost := np.isnan(step.next_log_probabilities) & real).any():
+    _, real = pad(targets)
+    step = model.step(_forced(model, targets, memory or read(model, sources), attention - {"encoder"}))
+    if (lost := ~(step.next_log_probabilities < np.inf) & real).any():
         raise NotANumberError(
             f"the model's log-probabilities of {np.count_nonzero(lost)} of {np.count_nonzero(real)} given tokens are "
-            "no numbers (NaN): its values overflowed, or its weights are damaged"
+            "no numbers: its values overflowed, or its weights are damaged"
         )
     penalties = length_penalties or [1.0] * len(targets)
     hypotheses = []
@@ -390,3 +372,27 @@ def score(
             )
         )
     return hypotheses
+
+
+def _forced(
+    model: StepModel, targets: Sequence[Sequence[int]], memory: Memory, attention: frozenset[Family]
+) -> Question:
+    """Whole targets at once, each position seeing those before it."""
+    next_ids, _ = pad(targets)
+    target_ids, _ = pad([[BEGIN, *target[:-1]] for target in targets])
+    count, length = target_ids.shape
+    sizes = {"past": 1, "row": 1, "source": 0}
+    return Question(
+        target_ids=target_ids,
+        positions=np.broadcast_to(np.arange(length), target_ids.shape).copy(),
+        new_visible=causal(length).repeat(count, 0),
+        past_visible=np.zeros((count, length, 1), bool),  # one column that nobody sees: no axis is ever empty
+        next_ids=next_ids,
+        top=1,
+        memory=memory,
+        state=tuple(
+            np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), np.float32)
+            for kept in model.state
+        ),
+        attention=attention,
+    )

@@ -185,7 +185,7 @@ class Senseless(Echo):
 
 
 NO_NUMBERS = "that are no numbers$"
-SENSELESS = {np.nan: NO_NUMBERS, -np.inf: NO_NUMBERS, np.inf: r"\[inf", 0.5: r"\[0\.5"}
+SENSELESS = {np.nan: NO_NUMBERS, -np.inf: NO_NUMBERS, np.inf: NO_NUMBERS, 0.5: r"\[0\.5"}
 """In place of every log-probability, and what is said of it."""
 
 
