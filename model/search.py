@@ -321,7 +321,7 @@ def score(
             top=1,
             memory=memory or model.encode(*pad(sources), attention=False),
             state=tuple(
-                np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), np.float32)
+                np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), model.dtype)
                 for kept in model.state
             ),
             attention=attention - {"encoder"},
