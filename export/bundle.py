@@ -1,6 +1,7 @@
 """Write a bundle: export, quantise, verify, and only then let the folder appear.
 
-checkpoint ── trace ── fp32 graphs ── quantise ── int8 graphs ── verify both against PyTorch ── rename into place
+checkpoint ── trace ── fp32 graphs ─┬─ quantise ── int8 graphs ─┬─ verify all against PyTorch ── rename into place
+                                    └─ halve ───── fp16 graphs ─┘   (fp16 where it is asked for)
 
 Each precision also gets its encoder and search in one file, held to the answers of the other two.
 """
@@ -15,6 +16,7 @@ import onnx
 
 from export.generate import GENERATE, assemble, generate_spec, save_generate, search_step
 from export.graphs import ExampleSizes, Exported, decoder_graph, encoder_graph
+from export.halve import halve, halve_specs
 from export.manifest import (
     MANIFEST,
     BundleError,
@@ -41,6 +43,7 @@ VERSIONED = ("limelight", "torch", "onnx", "onnxscript", "onnxruntime", "tokeniz
 """Packages whose versions the manifest records."""
 
 Told = Callable[[str, int], None]
+Traced = dict[str, tuple[onnx.ModelProto, Exported]]
 
 
 def export_bundle(
@@ -50,8 +53,10 @@ def export_bundle(
     version: str | None = None,
     verified_on: Mapping[str, Any] | None = None,
     progress: Told = lambda what, count: None,
+    *,
+    fp16: bool = False,
 ) -> tuple[Manifest, Parity]:
-    """Export a checkpoint in float32 and int8.
+    """Export a checkpoint in float32 and int8, and on request in float16.
 
     Args:
         checkpoint_folder: what to export.
@@ -60,6 +65,7 @@ def export_bundle(
         version: of the model; by default the first twelve digits of its weights' checksum.
         verified_on: what the pairs are, for the manifest; by default the checkpoint's own data.
         progress: told what is being done, and how many more sources were decoded in it.
+        fp16: float16 too, for GPUs: a CPU computes it in float32, with casts around everything.
 
     Raises:
         BundleError: something is there that is no bundle.
@@ -71,7 +77,7 @@ def export_bundle(
     checkpoint = load_checkpoint(checkpoint_folder)
     digest = describe_file(checkpoint_folder / WEIGHTS).sha256
     with atomic_folder(bundle) as folder:
-        graphs = _write_graphs(checkpoint, folder, progress)
+        graphs = _write_graphs(checkpoint, folder, progress, fp16=fp16)
         checkpoint.source.save(folder / SOURCE_TOKENIZER)
         checkpoint.target.save(folder / TARGET_TOKENIZER)
         if (checkpoint_folder / CARD).is_file():
@@ -91,7 +97,7 @@ def _refuse_to_replace(bundle: Path) -> None:
         raise BundleError(f"{bundle}: is there already and is no bundle: name a new folder, or remove it first")
 
 
-def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[Precision, Graphs]:
+def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told, *, fp16: bool) -> dict[Precision, Graphs]:
     sizes = ExampleSizes()
     exported = {
         "encoder": encoder_graph(checkpoint.model, len(checkpoint.source), sizes),
@@ -103,16 +109,28 @@ def _write_graphs(checkpoint: Checkpoint, folder: Path, progress: Told) -> dict[
         progress(f"tracing the {name}", 0)
         traced[name] = trace(module)
     progress("quantising", 0)
-    quantised = {name: quantise(model) for name, model in traced.items()}
+    precisions: dict[Precision, Traced] = {
+        "fp32": {name: (model, exported[name]) for name, model in traced.items()},
+        "int8": {name: (quantise(model), exported[name]) for name, model in traced.items()},
+    }
+    if fp16:
+        precisions["fp16"] = {name: _halved(model, exported[name]) for name, model in traced.items()}
     specs: dict[Precision, Graphs] = {}
-    precisions: dict[Precision, dict[str, onnx.ModelProto]] = {"fp32": traced, "int8": quantised}
-    for precision, models in precisions.items():
-        generate = assemble(models["encoder"], models.pop("search step"), checkpoint.config.model)
-        contracts = {name: finish(model, exported[name]) for name, model in models.items()}
+    for precision, made in precisions.items():
+        step, _ = made.pop("search step")
+        models = {name: model for name, (model, _) in made.items()}
+        generate = assemble(models["encoder"], step, checkpoint.config.model)
+        contracts = {name: finish(model, contract) for name, (model, contract) in made.items()}
         save_graphs(folder / precision, {f"{name}.onnx": model for name, model in models.items()})
         save_generate(folder / precision / f"{GENERATE}.onnx", generate)
         specs[precision] = _specs(precision, contracts, checkpoint.config.model)
     return specs
+
+
+def _halved(model: onnx.ModelProto, exported: Exported) -> tuple[onnx.ModelProto, Exported]:
+    contract = exported._replace(inputs=halve_specs(exported.inputs), outputs=halve_specs(exported.outputs))
+    names = {spec.name for spec in (*contract.inputs, *contract.outputs) if spec.dtype == "float16"}
+    return halve(model, names), contract
 
 
 def _specs(precision: Precision, contracts: Mapping[str, Exported], config: ModelConfig) -> Graphs:
@@ -165,9 +183,17 @@ def _describe(
             answers={},
             parity={},
             opset=OPSET,
-            versions={name: importlib.metadata.version(name) for name in VERSIONED},
+            versions={name: installed_version(name) for name in VERSIONED},
         ),
     )
+
+
+def installed_version(package: str) -> str:
+    """Of a package, or of its build for GPUs, which takes its place under another name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(f"{package}-gpu")
 
 
 def _with_findings(manifest: Manifest, parity: Parity, verified_on: dict[str, Any]) -> Manifest:
