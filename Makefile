@@ -27,7 +27,7 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-load bench-profile wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-cuda bench-load bench-profile wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ bench-decode: $(PEER) ## Measure decoding beside CTranslate2, same weights (ARGS
 
 bench-profile: $(PEER) ## Show what one decoder step consists of, before our rewrites of the graph and after; JSON in bench/results/
 	@$(BIN)/python -m bench.profile_step $(ARGS)
+
+bench-cuda: $(READY) ## Measure CPU and CUDA, float16, and state that stays on the device; needs a GPU and onnxruntime-gpu
+	@$(BIN)/python -m bench.cuda $(ARGS)
 
 $(PEER): $(READY)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -20,7 +20,6 @@ import torch
 
 from bench.grid import BenchError
 from bench.limit import Network
-from bench.peer_ctranslate2 import build_peer
 from export.bundle import export_bundle
 from model.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from model.config import Cmudict07bData, CmudictData, Config, Data, parse_config
@@ -96,8 +95,17 @@ class Prepared:
         return self.folder / f"ctranslate2-{precision}"
 
 
-def prepare_random(size: RandomSize, folder: Path, told: Callable[[str], None]) -> Prepared:
+def prepare_random(
+    size: RandomSize, folder: Path, told: Callable[[str], None], *, peers: bool = True, fp16: bool = False
+) -> Prepared:
     """Make, export and convert a random model, unless that was done since the code last changed.
+
+    Args:
+        size: of the model.
+        folder: where to.
+        told: told what is being done.
+        peers: convert it for CTranslate2 too.
+        fp16: export float16 too.
 
     Raises:
         BenchError: its answers are not of realistic lengths.
@@ -111,8 +119,8 @@ def prepare_random(size: RandomSize, folder: Path, told: Callable[[str], None]) 
         save_checkpoint(origin, checkpoint)
         # No answer resembles these targets, so int8 is not held to a metric that random answers cannot have.
         pairs = [Pair(checkpoint.source.decode(source), "☃") for source in sources[:4]]
-        _export(origin, folder, pairs, size.name, told)
-        _write(folder, checkpoint, size.name, sources, LONGEST)
+        _export(origin, folder, pairs, size.name, told, fp16=fp16)
+        _write(folder, checkpoint, size.name, sources, LONGEST, peers=peers)
     return _read(folder)
 
 
@@ -213,11 +221,21 @@ def check_lengths(name: str, model: Transformer, sources: list[list[int]]) -> No
         raise BenchError(f"{name}: its answers have unrealistic lengths, {lengths}: change MIDDLE or PERIOD")
 
 
-def _export(checkpoint: Path, folder: Path, pairs: list[Pair], name: str, told: Callable[[str], None]) -> None:
-    export_bundle(checkpoint, folder / "bundle", pairs, progress=lambda what, _: told(f"{name}: {what}"))
+def _export(
+    checkpoint: Path, folder: Path, pairs: list[Pair], name: str, told: Callable[[str], None], *, fp16: bool = False
+) -> None:
+    export_bundle(checkpoint, folder / "bundle", pairs, progress=lambda what, _: told(f"{name}: {what}"), fp16=fp16)
 
 
-def _write(folder: Path, checkpoint: Checkpoint, name: str, sources: list[list[int]], longest: int) -> None:
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    name: str,
+    sources: list[list[int]],
+    longest: int,
+    *,
+    peers: bool = True,
+) -> None:
     shape = checkpoint.config.model
     network = Network(
         d_model=shape.d_model,
@@ -228,7 +246,9 @@ def _write(folder: Path, checkpoint: Checkpoint, name: str, sources: list[list[i
     )
     prepared = Prepared(name=name, folder=folder, sources=sources, longest=longest, network=network)
     positions = 1 + max(longest, *map(len, sources))
-    for precision in ("float32", "int8"):
+    for precision in ("float32", "int8") if peers else ():
+        from bench.peer_ctranslate2 import build_peer
+
         build_peer(checkpoint.model, prepared.peer(precision), precision, positions)
     # Last: with this file there, all of it is.
     _summary(folder).write_text(json.dumps(asdict(prepared) | {"folder": folder.name}) + "\n", encoding="utf-8")

@@ -1,10 +1,11 @@
 """Where a figure was measured: it means nothing without that."""
 
-import importlib.metadata
 import os
 import platform
 import sys
 from pathlib import Path
+
+from export.bundle import installed_version
 
 PACKAGES = ("limelight", "torch", "onnx", "onnxruntime", "numpy", "grpcio", "tokenizers")
 
@@ -17,7 +18,7 @@ def describe_machine() -> dict[str, object]:
         "load_before": os.getloadavg()[0],
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "command": ["python", "-m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]],
     }
 

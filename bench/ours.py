@@ -1,4 +1,4 @@
-"""Our side of `bench.decode`: a bundle that decodes ids to ids."""
+"""Our side of `bench.decode` and `bench.cuda`: a bundle that decodes ids to ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,17 @@ from typing import TypeAlias
 
 from export.manifest import Precision as Graphs
 from export.manifest import read_manifest
-from export.runtime import OnnxStepModel, RuntimeOptions
+from export.resident import Device, ResidentStepModel
+from export.runtime import CPU, CUDA, OnnxStepModel, RuntimeOptions
 from model.reading import read
 from model.search import Decoding, Hypothesis, SearchOptions
-from model.steps import Family
+from model.steps import Family, StepModel
 
-GRAPHS: dict[str, Graphs] = {"float32": "fp32", "int8": "int8"}
-"""What a bundle calls the precisions of the benchmark."""
+GRAPHS: dict[str, Graphs] = {"float32": "fp32", "int8": "int8", "float16": "fp16"}
+"""What a bundle calls the precisions of the benchmarks."""
+
+PROVIDERS: dict[Device, tuple[str, ...]] = {"cpu": (CPU,), "cuda": (CUDA, CPU)}
+"""What ONNX Runtime calls them, with what each leaves to another."""
 
 FAMILIES: dict[str, frozenset[Family]] = {
     "none": frozenset(),
@@ -25,7 +29,7 @@ Ids: TypeAlias = Sequence[Sequence[int]]
 
 
 def decode_ours(
-    model: OnnxStepModel, sources: Ids, options: Sequence[SearchOptions], families: frozenset[Family]
+    model: StepModel, sources: Ids, options: Sequence[SearchOptions], families: frozenset[Family]
 ) -> list[list[Hypothesis]]:
     """Decode one batch, with some families of attention: encoder attention is computed and handed over too."""
     decoding = Decoding(model, options[0].beam_size)
@@ -41,14 +45,26 @@ class Ours:
 
     Args:
         bundle: its folder.
-        precision: "float32" or "int8".
+        precision: "float32", "int8" or "float16".
         threads: threads of ONNX Runtime.
         spinning: see `RuntimeOptions`.
+        device: what computes.
+        resident: leave memory and state on the device.
     """
 
-    def __init__(self, bundle: Path, precision: str, threads: int, *, spinning: bool = False) -> None:
-        options = RuntimeOptions(threads=threads, spinning=spinning)
-        self._model = OnnxStepModel(bundle, read_manifest(bundle), GRAPHS[precision], options)
+    def __init__(
+        self,
+        bundle: Path,
+        precision: str,
+        threads: int,
+        *,
+        spinning: bool = False,
+        device: Device = "cpu",
+        resident: bool = False,
+    ) -> None:
+        options = RuntimeOptions(providers=PROVIDERS[device], threads=threads, spinning=spinning)
+        graphs = OnnxStepModel(bundle, read_manifest(bundle), GRAPHS[precision], options)
+        self._model: StepModel = ResidentStepModel(graphs, device) if resident else graphs
 
     @staticmethod
     def prepare(sources: Ids) -> Ids:

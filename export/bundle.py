@@ -1,6 +1,7 @@
 """Write a bundle: export, quantise, verify, and only then let the folder appear.
 
-checkpoint ── trace ── fp32 graphs ── quantise ── int8 graphs ── verify both against PyTorch ── rename into place
+checkpoint ── trace ── fp32 graphs ─┬─ quantise ── int8 graphs ─┬─ verify all against PyTorch ── rename into place
+                                    └─ halve ───── fp16 graphs ─┘   (fp16 where it is asked for)
 
 Where it is asked for, each precision also gets its encoder and search in one file, held to the answers of the two.
 """
@@ -16,6 +17,7 @@ import onnx
 from export.calibrate import calibrate, renamed
 from export.generate import GENERATE, assemble, generate_spec, save_generate, search_step
 from export.graphs import ExampleSizes, Exported, decoder_graph, encoder_graph
+from export.halve import halve, halve_specs
 from export.manifest import (
     MANIFEST,
     BundleError,
@@ -48,6 +50,7 @@ POSITIONS = {"encoder": "source_ids", "decoder": "target_ids", SEARCH_STEP: "car
 """Of each traced graph, an input with one entry for every position that its rows stand for."""
 
 Told = Callable[[str, int], None]
+Traced = dict[str, tuple[onnx.ModelProto, Exported]]
 
 
 def export_bundle(
@@ -59,8 +62,9 @@ def export_bundle(
     progress: Told = lambda what, count: None,
     *,
     generate: bool = False,
+    fp16: bool = False,
 ) -> tuple[Manifest, Parity]:
-    """Export a checkpoint in float32 and int8.
+    """Export a checkpoint in float32 and int8, and on request in float16.
 
     Args:
         checkpoint_folder: what to export.
@@ -70,6 +74,7 @@ def export_bundle(
         verified_on: what the pairs are, for the manifest; by default the checkpoint's own data.
         progress: told what is being done, and how many more sources were decoded in it.
         generate: add generate.onnx to each precision, which doubles the bundle: its weights are its own.
+        fp16: float16 too, for GPUs: a CPU computes it in float32, with casts around everything.
 
     Raises:
         BundleError: something is there that is no bundle.
@@ -81,7 +86,7 @@ def export_bundle(
     checkpoint = load_checkpoint(checkpoint_folder)
     digest = describe_file(checkpoint_folder / WEIGHTS).sha256
     with atomic_folder(bundle) as folder:
-        graphs = _write_graphs(checkpoint, folder, pairs, progress, generate=generate)
+        graphs = _write_graphs(checkpoint, folder, pairs, progress, generate=generate, fp16=fp16)
         checkpoint.source.save(folder / SOURCE_TOKENIZER)
         checkpoint.target.save(folder / TARGET_TOKENIZER)
         if (checkpoint_folder / CARD).is_file():
@@ -104,7 +109,7 @@ def _refuse_to_replace(bundle: Path) -> None:
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, folder: Path, pairs: Sequence[Pair], progress: Told, *, generate: bool
+    checkpoint: Checkpoint, folder: Path, pairs: Sequence[Pair], progress: Told, *, generate: bool, fp16: bool
 ) -> dict[Precision, Graphs]:
     sizes = ExampleSizes()
     exported = {
@@ -123,13 +128,18 @@ def _write_graphs(
     if generate:
         ranges[SEARCH_STEP] = renamed(ranges["decoder"], traced["decoder"].graph, traced[SEARCH_STEP].graph)
     progress("quantising", 0)
-    quantised = {name: quantise(model, ranges[name]) for name, model in traced.items()}
+    precisions: dict[Precision, Traced] = {
+        "fp32": {name: (model, exported[name]) for name, model in traced.items()},
+        "int8": {name: (quantise(model, ranges[name]), exported[name]) for name, model in traced.items()},
+    }
+    if fp16:
+        precisions["fp16"] = {name: _halved(model, exported[name]) for name, model in traced.items()}
     specs: dict[Precision, Graphs] = {}
-    precisions: dict[Precision, dict[str, onnx.ModelProto]] = {"fp32": traced, "int8": quantised}
-    for precision, models in precisions.items():
-        step = models.pop(SEARCH_STEP, None)
+    for precision, made in precisions.items():
+        step, _ = made.pop(SEARCH_STEP, (None, None))
+        models = {name: model for name, (model, _) in made.items()}
         single = None if step is None else assemble(models["encoder"], step, checkpoint.config.model)
-        contracts = {name: finish(model, exported[name]) for name, model in models.items()}
+        contracts = {name: finish(model, contract) for name, (model, contract) in made.items()}
         save_graphs(folder / precision, {f"{name}.onnx": model for name, model in models.items()})
         specs[precision] = _specs(precision, contracts)
         if single is not None:
@@ -138,6 +148,12 @@ def _write_graphs(
             spec = generate_spec(file, checkpoint.config.model)
             specs[precision] = specs[precision].model_copy(update={"generate": spec})
     return specs
+
+
+def _halved(model: onnx.ModelProto, exported: Exported) -> tuple[onnx.ModelProto, Exported]:
+    contract = exported._replace(inputs=halve_specs(exported.inputs), outputs=halve_specs(exported.outputs))
+    names = {spec.name for spec in (*contract.inputs, *contract.outputs) if spec.dtype == "float16"}
+    return halve(model, names), contract
 
 
 def _specs(precision: Precision, contracts: Mapping[str, Exported]) -> Graphs:
@@ -190,9 +206,17 @@ def _describe(
             answers={},
             parity={},
             opset=OPSET,
-            versions={name: importlib.metadata.version(name) for name in VERSIONED},
+            versions={name: installed_version(name) for name in VERSIONED},
         ),
     )
+
+
+def installed_version(package: str) -> str:
+    """Of a package, or of its build for GPUs, which takes its place under another name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(f"{package}-gpu")
 
 
 def _with_findings(manifest: Manifest, parity: Parity, verified_on: dict[str, Any]) -> Manifest:

@@ -40,6 +40,9 @@ def export(
             "--generate", help="Add generate.onnx: the whole search in one file, for callers without a decoder."
         ),
     ] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Write float16 graphs too, for GPUs; a CPU is no faster with them.")
+    ] = False,
 ) -> None:
     """Export a checkpoint to a bundle, in float32 and int8, verified against PyTorch before it is written."""
     console = Console()
@@ -57,6 +60,7 @@ def export(
             {} if data is None else data.model_dump(mode="json"),
             lambda what, count: status.update(what if not count else f"decoding: {what}"),
             generate=generate,
+            fp16=fp16,
         )
     console.print(parity_table(manifest))
     size = {
@@ -115,7 +119,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many sources, drawn with a fixed seed.")] = None,
     beam_size: Annotated[int, typer.Option("--beam-size", "-b", min=1, max=16, help="1 is greedy search.")] = 1,
     length_penalty: Annotated[float, typer.Option(min=0, max=10, help="See the README on search.")] = 1.0,
-    precision: Annotated[Literal["fp32", "int8"], typer.Option(help="Of a bundle.")] = "fp32",
+    precision: Annotated[Literal["fp32", "int8", "fp16"], typer.Option(help="Of a bundle.")] = "fp32",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of ONNX Runtime; by default all there are.")
     ] = None,

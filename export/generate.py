@@ -11,6 +11,7 @@ Encoder and step are traced modules; what stands before and after the Loop is wr
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -69,7 +70,7 @@ first () => () {
   first_finished = Expand (zero, batch)
   first_done = Expand (no, batch)
   column = Concat <axis = 0> (batch, heads_one_width)
-  first_state = Expand (zero_value, column)
+  first_state = Expand (zero_state, column)
 }
 """
 """Beams before the first step: of each sentence one row, which has read nothing but the begin token."""
@@ -157,7 +158,7 @@ def generate_spec(file: str, config: ModelConfig) -> GraphSpec:
 
 
 def assemble(encoder: ModelProto, step: ModelProto, config: ModelConfig) -> ModelProto:
-    """Put a traced encoder and a traced step, in float32 or quantised, into one graph.
+    """Put a traced encoder and a traced step, of any precision, into one graph.
 
     Args:
         encoder: from `export.graphs.encoder_graph`; left as it is.
@@ -167,10 +168,11 @@ def assemble(encoder: ModelProto, step: ModelProto, config: ModelConfig) -> Mode
     head, body = _apart(encoder.graph, "encoder/"), _apart(step.graph, "step/")
     unwanted = {node.output[0] for node in needed_alone(head, "encoder_attention")}
     spec = generate_spec("", config)
-    constants = [numpy_helper.from_array(value, name) for name, value in _constants(config).items()]
-    weights = _stored_once([*constants, *head.initializer, *body.initializer], [*head.node, *body.node])
+    first, last = _parsed(FIRST), _parsed(LAST)
+    constants = [numpy_helper.from_array(value, name) for name, value in _constants(config, _state_type(step)).items()]
+    weights = _stored_once([*constants, *head.initializer, *body.initializer], [*head.node, *first, *body.node, *last])
     nodes = [node for node in head.node if node.output[0] not in unwanted]
-    nodes += [*_parsed(FIRST), _loop(body, config), *_parsed(LAST)]
+    nodes += [*first, _loop(body, config), *last]
     graph = helper.make_graph(
         nodes, GENERATE, [value_info(one) for one in spec.inputs], [value_info(one) for one in spec.outputs], weights
     )
@@ -214,7 +216,13 @@ def _parsed(text: str) -> list[NodeProto]:
     return list(parser.parse_graph(text).node)
 
 
-def _constants(config: ModelConfig) -> dict[str, Array]:
+def _state_type(step: ModelProto) -> np.dtype[Any]:
+    """Of the keys and values that a step carries."""
+    kind = next(value for value in step.graph.input if value.name.startswith("carried.0.")).type.tensor_type.elem_type
+    return helper.tensor_dtype_to_np_dtype(kind)
+
+
+def _constants(config: ModelConfig, state: np.dtype[Any]) -> dict[str, Array]:
     return {
         "zero": np.array(0),
         "one_scalar": np.array(1),
@@ -224,6 +232,7 @@ def _constants(config: ModelConfig) -> dict[str, Array]:
         "begin": np.array(BEGIN),
         "no": np.array(False),
         "zero_value": np.array(0, np.float32),
+        "zero_state": np.array(0, state),
         "nothing": np.array(0.0),
         "impossible": np.array(-np.inf),
         "heads_one_width": np.array([config.heads, 1, config.head_width]),

@@ -3,10 +3,10 @@
 Everything is done by the manifest's roles and axes: this code does not know which architecture the graphs hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -18,12 +18,24 @@ from model.steps import Array, Family, Kept, Memory, Question, Step
 LOG_ERRORS = 3
 """ONNX Runtime's log level: its warnings about graphs that are fine would otherwise fill the log."""
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    CUDA: {
+        # Sizes change at nearly every step: an arena that doubles would hold up to twice what is needed.
+        "arena_extend_strategy": "kSameAsRequested",
+        # float32 is to mean float32: TF32 has 10 bits of mantissa, and the export is held to 1e-4.
+        "use_tf32": "0",
+    }
+}
+"""What is set of each provider; everything else is as ONNX Runtime has it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions:
     """How ONNX Runtime runs the graphs."""
 
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] = (CPU,)
     """Execution providers, the preferred one first."""
     threads: int = 1
     """Threads that one run may use."""
@@ -40,6 +52,15 @@ class RuntimeOptions:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         return options
 
+    def session(self, model: str | bytes) -> ort.InferenceSession:
+        """A session of a graph, from its file or its bytes."""
+        providers = [(name, dict(PROVIDER_OPTIONS.get(name, {}))) for name in self.providers]
+        return ort.InferenceSession(model, self.session_options(), providers)
+
+
+SMALL_OUTPUTS = ("top_log_probabilities", "top_ids", "next_log_probabilities")
+"""What every step returns, wherever the rest of it stays."""
+
 
 class OnnxStepModel:
     """The encoder and decoder graphs of one precision.
@@ -49,6 +70,19 @@ class OnnxStepModel:
         manifest: its description.
         precision: which graphs.
         options: how to run them.
+
+    Attributes:
+        memory: see `StepModel.memory`.
+        state: see `StepModel.state`.
+        dtype: of the state.
+        vocabulary: entries of the target vocabulary.
+        graphs: as the manifest describes them.
+        options: how they are run.
+        encoder: session of the encoder.
+        decoder: session of the decoder.
+        memory_specs: the decoder's inputs that hold the memory.
+        state_specs: the decoder's inputs that hold the state.
+        next_names: for each of them, the output with what is new of it.
 
     Raises:
         BundleError: the bundle has no such precision, or its graphs are not what the manifest says.
@@ -60,24 +94,23 @@ class OnnxStepModel:
         if precision not in manifest.graphs:
             raise BundleError(f"{bundle}: has no precision {precision!r}, only {', '.join(manifest.graphs)}")
         self.graphs: Graphs = manifest.graphs[precision]
-        self.vocabulary = manifest.target_vocabulary
-        self._options = options or RuntimeOptions()
-        self._encoder = self._session(bundle, self.graphs.encoder)
-        self._decoder = self._session(bundle, self.graphs.decoder)
+        self.source_vocabulary, self.vocabulary = manifest.source_vocabulary, manifest.target_vocabulary
+        self.options = options or RuntimeOptions()
+        self.encoder = self._session(bundle, self.graphs.encoder)
+        self.decoder = self._session(bundle, self.graphs.decoder)
         decoder = self.graphs.decoder
-        memory = [spec for spec in decoder.inputs if spec.role == "memory"]
-        state = [spec for spec in decoder.inputs if spec.role == "state"]
         following = {spec.feeds: spec.name for spec in decoder.outputs if spec.role == "state"}
-        self._memory_names = [spec.name for spec in memory]
-        self._state_names = [spec.name for spec in state]
-        self._next_names = [following[spec.name] for spec in state]
-        self.memory: Sequence[Kept] = [_kept(spec) for spec in memory]
-        self.state: Sequence[Kept] = [_kept(spec) for spec in state]
+        self.memory_specs = [spec for spec in decoder.inputs if spec.role == "memory"]
+        self.state_specs = [spec for spec in decoder.inputs if spec.role == "state"]
+        self.next_names = [following[spec.name] for spec in self.state_specs]
+        self.memory: Sequence[Kept] = [_kept(spec) for spec in self.memory_specs]
+        self.state: Sequence[Kept] = [_kept(spec) for spec in self.state_specs]
+        self.dtype = _dtype(decoder, self.state_specs)
 
     @property
     def providers(self) -> list[str]:
         """Execution providers in use, as ONNX Runtime names them."""
-        return list(self._decoder.get_providers())
+        return list(self.decoder.get_providers())
 
     def encode(
         self,
@@ -86,17 +119,41 @@ class OnnxStepModel:
         attention: bool = True,
     ) -> Memory:
         """See `StepModel.encode`."""
-        names = [*self._memory_names, *(["encoder_attention"] if attention else [])]
-        feeds = {"source_ids": source_ids, "source_mask": source_mask, "want_encoder_attention": np.array(attention)}
-        found = self._encoder.run(names, feeds)
-        count = len(self._memory_names)
-        return Memory(tuple(found[:count]), source_mask, found[count] if attention else None)
+        names, feeds = self.encoder_call(source_ids, source_mask, attention)
+        return self.as_memory(dict(zip(names, self.encoder.run(names, feeds), strict=True)), source_mask)
 
     def step(self, question: Question) -> Step:
         """See `StepModel.step`."""
+        names, feeds = self.decoder_call(question)
+        return self.as_step(dict(zip(names, self.decoder.run(names, feeds), strict=True)))
+
+    def encoder_call(self, source_ids: Array, source_mask: Array, attention: bool) -> tuple[list[str], dict[str, Any]]:
+        """Outputs to fetch from the encoder, and its inputs.
+
+        Raises:
+            ValueError: an id that the encoder has no embedding for.
+        """
+        _check_ids("source_ids", source_ids, self.source_vocabulary)
+        names = [*(spec.name for spec in self.memory_specs), *(["encoder_attention"] if attention else [])]
+        feeds = {"source_ids": source_ids, "source_mask": source_mask, "want_encoder_attention": np.array(attention)}
+        return names, feeds
+
+    def as_memory(self, found: Mapping[str, Any], source_mask: Array) -> Memory:
+        """What the encoder returned."""
+        tensors = tuple(found[spec.name] for spec in self.memory_specs)
+        return Memory(tensors, source_mask, found.get("encoder_attention"))
+
+    def decoder_call(self, question: Question) -> tuple[list[str], dict[str, Any]]:
+        """Outputs to fetch from the decoder, and its inputs.
+
+        Raises:
+            ValueError: an id that the decoder has no embedding for.
+        """
+        _check_ids("target_ids", question.target_ids, self.vocabulary)
+        _check_ids("next_ids", question.next_ids, self.vocabulary)
         families: list[Family] = [family for family in ("cross", "decoder") if family in question.attention]
-        names = ["top_log_probabilities", "top_ids", "next_log_probabilities", *self._next_names]
-        feeds: dict[str, Array] = {
+        names = [*SMALL_OUTPUTS, *self.next_names, *(f"{family}_attention" for family in families)]
+        feeds: dict[str, Any] = {
             "target_ids": question.target_ids,
             "positions": question.positions,
             "new_visible": question.new_visible,
@@ -106,28 +163,46 @@ class OnnxStepModel:
             "top": np.array([question.top]),
             "want_cross_attention": np.array("cross" in families),
             "want_decoder_attention": np.array("decoder" in families),
-            **dict(zip(self._memory_names, question.memory.tensors, strict=True)),
-            **dict(zip(self._state_names, question.state, strict=True)),
         }
-        found = self._decoder.run([*names, *(f"{family}_attention" for family in families)], feeds)
-        weights = dict(zip(families, found[len(names) :], strict=True))
+        for specs, tensors in ((self.memory_specs, question.memory.tensors), (self.state_specs, question.state)):
+            feeds |= {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+        return names, feeds
+
+    def as_step(self, found: Mapping[str, Any]) -> Step:
+        """What the decoder returned."""
         return Step(
-            top_log_probabilities=found[0],
-            top_ids=found[1],
-            next_log_probabilities=found[2],
-            cross_attention=weights.get("cross"),
-            decoder_attention=weights.get("decoder"),
-            state=tuple(found[3 : len(names)]),
+            **{name: found[name] for name in SMALL_OUTPUTS},
+            cross_attention=found.get("cross_attention"),
+            decoder_attention=found.get("decoder_attention"),
+            state=tuple(found[name] for name in self.next_names),
         )
 
     def _session(self, bundle: Path, graph: GraphSpec) -> ort.InferenceSession:
         path = str(bundle / graph.file)
         try:
-            session = ort.InferenceSession(path, self._options.session_options(), list(self._options.providers))
+            session = self.options.session(path)
         except Exception as error:  # onnxruntime's own errors have no base of their own
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         _check_signature(graph, session)
         return session
+
+
+def _check_ids(name: str, ids: Array, vocabulary: int) -> None:
+    """The graphs do not: on a CPU a negative id wraps, on a GPU any other reads what lies beyond the table."""
+    lowest, highest = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if lowest < 0 or highest >= vocabulary:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"{name}: {wrong} is no id of a vocabulary of {vocabulary}: ids run from 0 to {vocabulary - 1}"
+        )
+
+
+def _dtype(graph: GraphSpec, state: Sequence[TensorSpec]) -> np.dtype[Any]:
+    """Element type of the state: one for all of it."""
+    found = sorted({spec.dtype for spec in state})
+    if len(found) > 1:
+        raise BundleError(f"{graph.file}: its state is of the types {', '.join(found)}: export it with one")
+    return np.dtype(found[0] if found else "float32")
 
 
 def _kept(spec: TensorSpec) -> Kept:

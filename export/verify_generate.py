@@ -19,9 +19,9 @@ CHECKED = 16
 BEAM_SIZES = (1, 4)
 """Each time with so many hypotheses."""
 
-MAY_DIFFER: Mapping[Precision, int] = {"fp32": 0, "int8": 2}
+MAY_DIFFER: Mapping[Precision, int] = {"fp32": 0, "int8": 2, "fp16": 2}
 """Answers that may be others. A sum's last bit, which depends on how many columns a mask hides, can tip a rounding to
-int8, and where two hypotheses are nearly as good as each other, the answer."""
+int8 or float16, and where two hypotheses are nearly as good as each other, the answer."""
 
 CROSS: frozenset[Family] = frozenset({"cross"})
 

@@ -4,14 +4,18 @@
 sentence 0   a b     a c     a d              place); the steps of the others go on. Keys and values of the past lie in
 sentence 1   x       -       -                a ring of columns, written once and never moved: which row sees which
                                               column is a mask, and all that reordering hypotheses changes.
+
+Who sees what is kept here, in numpy; the tensors are kept by a store, which may leave them on a device.
 """
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
-from model.steps import NO_FAMILIES, Array, Family, Kept, Memory, Question, Step, StepModel
+from model.steps import NO_FAMILIES, Family, Memory, Question, Step, StepModel
+from model.store import ArrayStore, Store, larger
 
 SMALLEST_RING = 16
 """Columns of a ring to begin with, and the unit that it grows by."""
@@ -20,11 +24,20 @@ SOURCE_UNIT = 8
 """Source lengths are rounded up to a multiple of this, so that a slightly longer one seldom moves the others."""
 
 
+@runtime_checkable
+class KeepsState(Protocol):
+    """A step model that has its own place for the tensors of a running batch."""
+
+    def new_store(self, width: int) -> Store:
+        """An empty one, for sentences of so many rows each."""
+        ...
+
+
 class Grid:
     """Memory, past and visibility of the sentences being decoded.
 
     Args:
-        model: what computes the steps.
+        model: what computes the steps; if it keeps tensors itself, it does for this grid too.
         width: rows of each sentence: hypotheses kept at a time.
 
     Attributes:
@@ -36,12 +49,11 @@ class Grid:
 
     def __init__(self, model: StepModel, width: int) -> None:
         self._model, self.width = model, width
+        self._store: Store = model.new_store(width) if isinstance(model, KeepsState) else ArrayStore(model, width)
         self.count, self.clock, self.ring = 0, 0, SMALLEST_RING
         self.age: Int[np.ndarray, " sentence"] = np.zeros(0, np.int64)
         self._lengths: Int[np.ndarray, " sentence"] = np.zeros(0, np.int64)
         self._mask = np.zeros((0, 0), bool)
-        self._memory: list[Array] = []
-        self._state: list[Array] = []
         self._visible = np.zeros((0, width, self.ring, width), bool)
         self._among = np.eye(width, dtype=bool)[None]
 
@@ -75,9 +87,11 @@ class Grid:
                 order[place] = last
         for place, before in enumerate(order):
             if place != before:
-                self._move(before, place)
+                for array in (self._mask, self._visible, self._lengths, self.age):
+                    array[place] = array[before]
         self.count = len(order)
-        if self.count:
+        if order and gone:
+            self._store.leave(order)
             self._shrink()
         return order
 
@@ -113,12 +127,16 @@ class Grid:
                 past_visible=visible.reshape(count, width, -1),
                 next_ids=next_ids,
                 top=min(top, self._model.vocabulary),
-                memory=Memory(tuple(tensor[:count] for tensor in self._memory), self._mask[:count]),
-                state=tuple(self._parents_state(index, parents) for index in range(len(self._state))),
+                memory=Memory(self._store.memory(), self._mask[:count]),
+                state=self._store.state(parents),
                 attention=attention - {"encoder"},
             )
         )
-        self._remember(step.state)
+        column = self.clock % self.ring
+        self._store.write(step.state, column)
+        visible[:, :, column] = self._among
+        self.age = self.age + 1
+        self.clock += 1
         return step
 
     def columns(self, rows: Int[np.ndarray, "row time"]) -> Int[np.ndarray, "row read"]:
@@ -132,37 +150,15 @@ class Grid:
         own = self.ring * self.width + np.arange(self.width)[:, None]
         return np.concatenate((times % self.ring * self.width + rows, own), 1)
 
-    def _parents_state(self, index: int, parents: Array) -> Array:
-        tensor = self._state[index][: self.count]
-        kept = self._model.state[index]
-        if "row" in kept and self.width > 1:
-            axis = 1 + kept.index("row")
-            shape = [self.count if place == 0 else -1 if place == axis else 1 for place in range(tensor.ndim)]
-            return np.take_along_axis(tensor, parents.reshape(shape), axis)
-        return tensor
-
-    def _remember(self, news: Sequence[Array]) -> None:
-        column = self.clock % self.ring
-        place = slice(column * self.width, (column + 1) * self.width)
-        for tensor, new, kept in zip(self._state, news, self._model.state, strict=True):
-            if "past" in kept:
-                tensor[(slice(self.count), *(place if size == "past" else slice(None) for size in kept))] = new
-            else:
-                tensor[: self.count] = new
-        self._visible[: self.count, :, column] = self._among
-        self.age = self.age + 1
-        self.clock += 1
-
     def _start(self, memory: Memory, sentences: Sequence[int]) -> None:
         whole = list(sentences) == list(range(len(memory.source_mask)))
         taken = np.asarray(sentences)
-        self._memory = [tensor if whole else tensor[taken] for tensor in memory.tensors]
         self._mask = memory.source_mask if whole else memory.source_mask[taken]
         self._lengths = self._mask.sum(1)
         self.count, self.clock, self.ring = len(taken), 0, SMALLEST_RING
         self.age = np.zeros(self.count, np.int64)
         self._visible = np.zeros((self.count, self.width, self.ring, self.width), bool)
-        self._state = [np.zeros(self._shape(kept, self.count, 0), np.float32) for kept in self._model.state]
+        self._store.begin(memory, sentences, self.ring)
 
     def _append(self, memory: Memory, sentences: Sequence[int]) -> None:
         taken, count = np.asarray(sentences), self.count + len(sentences)
@@ -171,41 +167,17 @@ class Grid:
         if source > self._mask.shape[1]:
             source = _rounded(source, SOURCE_UNIT)
         if count > len(self._mask) or source > self._mask.shape[1]:
-            self._reserve(max(count, len(self._mask) * 3 // 2), source)
+            room = max(count, len(self._mask) * 3 // 2, len(self._visible))
+            self._mask = larger(self._mask, (room, source))
+            self._visible = larger(self._visible, (room, *self._visible.shape[1:]))
         width = int(lengths.max())
         self._mask[self.count : count] = False
         self._mask[self.count : count, :width] = memory.source_mask[taken, :width]
-        for tensor, new, kept in zip(self._memory, memory.tensors, self._model.memory, strict=True):
-            cut = tuple(slice(width) if size == "source" else slice(None) for size in kept)
-            tensor[(slice(self.count, count), *cut)] = new[taken][(slice(None), *cut)]
         self._visible[self.count : count] = False
-        for tensor, kept in zip(self._state, self._model.state, strict=True):
-            if "past" not in kept:
-                tensor[self.count : count] = 0
+        self._store.join(memory, sentences, source)
         self._lengths = np.concatenate((self._lengths[: self.count], lengths))
         self.age = np.concatenate((self.age[: self.count], np.zeros(len(taken), np.int64)))
         self.count = count
-
-    def _reserve(self, places: int, source: int) -> None:
-        places = max(places, len(self._visible))
-        self._mask = _larger(self._mask, (places, source))
-        self._memory = [
-            _larger(tensor, self._shape(kept, places, source))
-            for tensor, kept in zip(self._memory, self._model.memory, strict=True)
-        ]
-        self._state = [
-            _larger(tensor, self._shape(kept, places, source))
-            for tensor, kept in zip(self._state, self._model.state, strict=True)
-        ]
-        self._visible = _larger(self._visible, (places, *self._visible.shape[1:]))
-
-    def _shape(self, kept: Kept, places: int, source: int) -> tuple[int, ...]:
-        sizes = {"source": source, "past": self.ring * self.width, "row": self.width}
-        return (places, *(sizes[size] if isinstance(size, str) else size for size in kept))
-
-    def _move(self, before: int, place: int) -> None:
-        for array in (*self._memory, *self._state, self._mask, self._visible, self._lengths, self.age):
-            array[place] = array[before]
 
     def _shrink(self) -> None:
         """Give up columns that only longer sentences needed: every step would go through them."""
@@ -213,12 +185,7 @@ class Grid:
         source, ring = int(self._lengths.max()), _rounded(int(self.age.max()) + 1, SMALLEST_RING)
         if 2 * source <= self._mask.shape[1]:
             self._mask = self._mask[: self.count, :source].copy()
-            self._memory = [
-                tensor[
-                    (slice(self.count), *(slice(source) if size == "source" else slice(None) for size in kept))
-                ].copy()
-                for tensor, kept in zip(self._memory, self._model.memory, strict=True)
-            ]
+            self._store.narrow(source)
         if 2 * ring <= self.ring:
             self._resize(ring)
 
@@ -228,22 +195,9 @@ class Grid:
         before, after = times % self.ring, times % ring
         visible = np.zeros((len(self._visible), self.width, ring, self.width), bool)
         visible[:, :, after] = self._visible[:, :, before]
-        rows = np.arange(self.width)
-        taken, put = ((columns[:, None] * self.width + rows).ravel() for columns in (before, after))
         self.ring, self._visible = ring, visible
-        for index, kept in enumerate(self._model.state):
-            if "past" in kept:
-                tensor = np.zeros(self._shape(kept, len(visible), 0), np.float32)
-                axis = 1 + kept.index("past")
-                np.moveaxis(tensor, axis, 0)[put] = np.moveaxis(self._state[index], axis, 0)[taken]
-                self._state[index] = tensor
+        self._store.resize(before, after, ring)
 
 
 def _rounded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
-
-
-def _larger(array: Array, shape: tuple[int, ...]) -> Array:
-    larger = np.zeros(shape, array.dtype)
-    larger[tuple(slice(size) for size in array.shape)] = array
-    return larger

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from model.grid import KeepsState
 from model.steps import Array, Kept, Memory, StepModel, pad
 
 WASTE = 48
@@ -23,7 +24,7 @@ def read(model: StepModel, sources: Sequence[Sequence[int]], attention: bool = F
         The memory of all, in the order given, padded to the longest; what is in the padding means nothing.
     """
     groups = alike([len(source) for source in sources])
-    if len(groups) == 1:
+    if len(groups) == 1 or isinstance(model, KeepsState):  # a device is slowed by passes rather than by padding
         return model.encode(*pad(sources), attention)
     read = [(group, model.encode(*pad([sources[index] for index in group]), attention)) for group in groups]
     _, mask = pad(sources)

@@ -391,7 +391,7 @@ def _forced(
         top=1,
         memory=memory,
         state=tuple(
-            np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), np.float32)
+            np.zeros((count, *(sizes[size] if isinstance(size, str) else size for size in kept)), model.dtype)
             for kept in model.state
         ),
         attention=attention,

@@ -28,8 +28,8 @@ each step, whose part alone the model returns; "row" has one entry for each hypo
 class Memory:
     """What a step model remembers of a batch of sources."""
 
-    tensors: tuple[Array, ...]
-    """Laid out as the model's `memory` says."""
+    tensors: tuple[Any, ...]
+    """Laid out as the model's `memory` says: arrays, or handles of what a model keeps on its device."""
     source_mask: Bool[np.ndarray, "batch source"]
     """True for real source tokens."""
     encoder_attention: Float[np.ndarray, "batch layer head source source"] | None = None
@@ -54,8 +54,8 @@ class Question:
     """How many candidates are wanted; at most the size of the vocabulary."""
     memory: Memory
     """Of the same sentences."""
-    state: tuple[Array, ...]
-    """Laid out as the model's `state` says."""
+    state: tuple[Any, ...]
+    """Laid out as the model's `state` says: arrays, or handles of what a model keeps on its device."""
     attention: frozenset[Family] = NO_FAMILIES
     """Families to return."""
 
@@ -74,8 +74,8 @@ class Step:
     """Attention of each new position to the source, where it was asked for."""
     decoder_attention: Float[np.ndarray, "batch layer head query target"] | None
     """Attention of each new position to the past and then to the new positions, where it was asked for."""
-    state: tuple[Array, ...] = field(repr=False)
-    """What is to be remembered of the new positions."""
+    state: tuple[Any, ...] = field(repr=False)
+    """What is to be remembered of the new positions: arrays where the question had arrays."""
 
 
 class StepModel(Protocol):
@@ -89,6 +89,11 @@ class StepModel(Protocol):
     @property
     def state(self) -> Sequence[Kept]:
         """How the state is laid out, without the sentence."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type of the state."""
         ...
 
     @property

@@ -21,8 +21,11 @@ class TorchStepModel:
     Attributes:
         memory: keys and values of the source, one pair a decoder layer.
         state: keys and values of the target, likewise.
+        dtype: of the state.
         vocabulary: entries of the target vocabulary.
     """
+
+    dtype = np.dtype(np.float32)
 
     def __init__(self, transformer: Transformer) -> None:
         self._model = transformer

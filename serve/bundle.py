@@ -9,7 +9,8 @@ import onnxruntime as ort
 
 from export.cpu import available_cpus
 from export.manifest import BundleError, Manifest, Precision, check_files, read_manifest
-from export.runtime import OnnxStepModel, RuntimeOptions
+from export.resident import ResidentStepModel
+from export.runtime import CPU, CUDA, OnnxStepModel, RuntimeOptions
 from model.errors import InvalidRequestError, NotANumberError
 from model.search import SearchOptions, search
 from model.steps import StepModel
@@ -19,7 +20,7 @@ from serve.errors import ProviderError
 
 Provider = Literal["auto", "cpu", "cuda"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def load_model(
     Args:
         bundle: its folder.
         provider: "auto" takes CUDA where there is a device, and the CPU elsewhere.
-        precision: which graphs; by default float32.
+        precision: which graphs; by default float16 on CUDA if the bundle has it, and float32 elsewhere.
         threads: for one run; by default the processors that affinity and quota allow.
 
     Raises:
@@ -65,11 +66,13 @@ def load_model(
     count = threads or available_cpus()
     chosen = choose_provider(provider)
     options = RuntimeOptions(providers=_with_fallback(chosen), threads=count)
-    steps = OnnxStepModel(bundle, manifest, precision or "fp32", options)
-    if _PROVIDERS[chosen] not in steps.providers:
-        if provider != "auto":
-            raise ProviderError(f"ONNX Runtime could not start {_PROVIDERS[chosen]} and fell back to {steps.providers}")
-        chosen = "cpu"
+    found = precision or default_precision(manifest, chosen)
+    graphs = OnnxStepModel(bundle, manifest, found, options)
+    if _PROVIDERS[chosen] not in graphs.providers:
+        if provider == "auto":
+            return load_model(bundle, provider="cpu", precision=precision, threads=threads)
+        raise ProviderError(f"ONNX Runtime could not start {_PROVIDERS[chosen]} and fell back to {graphs.providers}")
+    steps: StepModel = ResidentStepModel(graphs) if chosen == "cuda" else graphs
     source, target = (
         Tokenizer.load(bundle / manifest.source_tokenizer),
         Tokenizer.load(bundle / manifest.target_tokenizer),
@@ -78,7 +81,7 @@ def load_model(
         raise BundleError(
             f"{bundle}: the tokenizers have {len(source)} and {len(target)} entries, not what the graphs take"
         )
-    model = ServedModel(manifest, source, target, steps, precision or "fp32", chosen, count)
+    model = ServedModel(manifest, source, target, steps, found, chosen, count)
     warm_up(model)
     return model
 
@@ -98,6 +101,11 @@ def choose_provider(wanted: Provider) -> str:
     if wanted == "auto":
         return "cuda" if _PROVIDERS["cuda"] in available else "cpu"
     return wanted
+
+
+def default_precision(manifest: Manifest, provider: str) -> Precision:
+    """float16 is what a GPU is fast in, and what a CPU only computes with casts around everything."""
+    return "fp16" if provider == "cuda" and "fp16" in manifest.graphs else "fp32"
 
 
 def warm_up(model: ServedModel) -> None:

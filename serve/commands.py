@@ -22,7 +22,14 @@ def serve(
     provider: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="What computes; auto takes CUDA where there is a device.")
     ] = "auto",
-    precision: Annotated[Literal["fp32", "int8"], typer.Option(help="Precision of the weights.")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "int8", "fp16"] | None,
+        typer.Option(
+            help="Precision of the weights; by default fp16 on CUDA if the bundle has it (limelight export --fp16), "
+            "else fp32.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute; by default as affinity and quota allow.")
     ] = None,

@@ -28,6 +28,8 @@ class SeedModel:
         unwritable: score of the padding and begin tokens, which are impossible by default.
     """
 
+    dtype = np.dtype(np.float32)
+
     def __init__(self, words: int, seed: int = 0, end: float = 0.0, unwritable: float = -math.inf) -> None:
         self.memory: Sequence[Kept] = [(1, "source"), ()]
         self.state: Sequence[Kept] = [(2, "past")]

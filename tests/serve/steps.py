@@ -17,6 +17,7 @@ class Echo:
 
     memory: Sequence[Kept] = [("source",)]
     state: Sequence[Kept] = [("past",)]
+    dtype = np.dtype(np.float32)
     vocabulary = 12
 
     def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
@@ -70,6 +71,7 @@ class Gated:
     def __init__(self, model: StepModel) -> None:
         self._model = model
         self.memory, self.state, self.vocabulary = model.memory, model.state, model.vocabulary
+        self.dtype = model.dtype
         self._arrived, self._passes = threading.Semaphore(0), threading.Semaphore(0)
         self._open = threading.Event()
         self.batches: list[int] = []
