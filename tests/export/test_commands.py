@@ -1,6 +1,7 @@
 """`limelight export` and `limelight evaluate`: one set of figures for a model however it is run, and clear refusals."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,17 @@ def test_export_writes_a_bundle_and_says_what_it_found(
     assert "2 of 2" in told
     fp32, int8 = (folder_size(tmp_path / "bundle" / precision) / 1e6 for precision in ("fp32", "int8"))
     assert told.endswith(f"bundle: untied 7, fp32 {fp32:.1f} MB, int8 {int8:.1f} MB; 2 sources decoded\n")
+
+
+def test_float16_is_written_where_it_is_asked_for(
+    untied: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_data: tuple[str, ...]
+) -> None:
+    retrace(untied, monkeypatch)
+    told = run("export", untied.checkpoint, tmp_path / "bundle", "--fp16", "--validation-pairs", "2", *toy_data)
+    assert list(read_manifest(tmp_path / "bundle").graphs) == ["fp32", "int8", "fp16"]
+    assert re.search(r"fp16 \d\.\d MB; 2 sources decoded\n$", told)
+    found = figures(tmp_path / "bundle", "--precision", "fp16", *toy_data)
+    assert found["sources"] == 3
 
 
 def folder_size(folder: Path) -> int:
