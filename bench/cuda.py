@@ -24,6 +24,7 @@ from typing import Annotated, Literal, TypeAlias
 import onnxruntime as ort
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -232,7 +233,7 @@ def main(
                 lambda what: progress.update(task, description=what, advance=1),
             )
     except LimelightError as error:
-        console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     save(as_json, rows)
     console.print(result_table(rows), f"{len(rows)} rows in {as_json}")

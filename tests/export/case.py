@@ -123,7 +123,7 @@ def of_sentences(memory: Memory, sentences: Sequence[int]) -> Memory:
 def blank(model: StepModel, batch: int, columns: int, value: float = JUNK) -> tuple[Array, ...]:
     """Columns that hold nothing of use."""
     return tuple(
-        np.full((batch, *(columns if size == "past" else size for size in kept)), value, np.float32)
+        np.full((batch, *(columns if size == "past" else size for size in kept)), value, model.dtype)
         for kept in model.state
     )
 

@@ -4,7 +4,7 @@ from typing import cast
 
 import pytest
 
-from tests.export.toy import Toy, toy_model
+from tests.export.toy import Toy, halved_model, toy_model
 from tests.reversal import Reversal, reversal_model
 
 
@@ -21,6 +21,13 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return toy_model("untied", tmp_path_factory.getbasetemp() / "untied")
+
+
+@pytest.fixture(scope="session", params=["tied", "untied"])
+def halved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """Each of the toys in turn, exported in float16 too."""
+    toy = cast("Toy", request.getfixturevalue(request.param))
+    return halved_model(toy, tmp_path_factory.getbasetemp() / f"{request.param}-halved")
 
 
 @pytest.fixture(params=["reversal", "tied", "untied"])

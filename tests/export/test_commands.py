@@ -1,6 +1,7 @@
 """`limelight export` and `limelight evaluate`: one set of figures for a model however it is run, and clear refusals."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_export_adds_the_single_file_when_asked(
     manifest = read_manifest(tmp_path / "bundle")
     assert {"fp32/generate.onnx", "int8/generate.onnx"} <= manifest.files.keys()
     assert manifest.graphs == untied.manifest.graphs
+
+
+def test_float16_is_written_where_it_is_asked_for(
+    untied: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_data: tuple[str, ...]
+) -> None:
+    retrace(untied, monkeypatch)
+    told = run("export", untied.checkpoint, tmp_path / "bundle", "--fp16", "--validation-pairs", "2", *toy_data)
+    assert list(read_manifest(tmp_path / "bundle").graphs) == ["fp32", "int8", "fp16"]
+    assert re.search(r"fp16 \d\.\d MB; 2 sources decoded\n$", told)
+    found = figures(tmp_path / "bundle", "--precision", "fp16", *toy_data)
+    assert found["sources"] == 3
 
 
 def folder_size(folder: Path) -> int:

@@ -1,5 +1,7 @@
 """The exported graphs compute what the network computes, at once or step by step."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -145,6 +147,34 @@ def test_rows_of_attention_sum_to_one_and_padding_is_exactly_zero(
     assert np.count_nonzero(step.decoder_attention[..., 0]) == 0
     assert np.count_nonzero(np.triu(step.decoder_attention[..., 1:], 1)) == 0
     np.testing.assert_allclose(step.decoder_attention.sum(-1), 1, atol=1e-5)
+
+
+IDS: dict[str, tuple[Callable[[Case], object], str]] = {
+    "a negative source": (lambda case: case.onnx.encode(case.source_ids - 30_000, case.source_mask), "source_ids: -"),
+    "a source beyond": (
+        lambda case: case.onnx.encode(case.source_ids + case.onnx.source_vocabulary, case.source_mask),
+        r"source_ids: \d+ is no id of a vocabulary of \d+: ids run from 0 to \d+$",
+    ),
+    "a negative target": (lambda case: ask(case.onnx, case.memory, case.target_ids - 30_000, POSITIONS), "target_ids"),
+    "a target beyond": (
+        lambda case: ask(case.onnx, case.memory, case.target_ids + case.vocabulary, POSITIONS),
+        r"target_ids: \d+ is no id",
+    ),
+    "a next one beyond": (
+        lambda case: ask(
+            case.onnx, case.memory, case.target_ids, POSITIONS, next_ids=np.full_like(POSITIONS, case.vocabulary)
+        ),
+        r"next_ids: (\d+) is no id of a vocabulary of \1: ",
+    ),
+}
+"""Ids that no table has, which the CUDA provider would read all the same, and what is said of them."""
+
+
+@pytest.mark.parametrize("what", IDS)
+def test_ids_are_checked_before_they_reach_the_graphs(case: Case, what: str) -> None:
+    call, message = IDS[what]
+    with pytest.raises(ValueError, match=message):
+        call(case)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 import pytest
 
 from export.manifest import BundleError, Manifest, Precision, TensorSpec
-from export.runtime import OnnxStepModel
+from export.runtime import OnnxStepModel, _dtype
 from tests.export.toy import Toy, network
 from tests.reversal import Reversal
 
@@ -70,6 +71,16 @@ def test_the_decoder_takes_the_memory_that_the_encoder_gives(exported: Toy | Rev
         given = [signature(one) for one in graphs.encoder.outputs if one.role == "memory"]
         assert given == [signature(one) for one in graphs.decoder.inputs if one.role == "memory"]
         assert len(given) == 2 * network(exported).config.model.decoder_layers
+
+
+def test_a_state_of_two_types_is_refused(untied: Toy) -> None:
+    decoder = untied.manifest.graphs["fp32"].decoder
+    state = [spec for spec in decoder.inputs if spec.role == "state"]
+    state[0] = state[0].model_copy(update={"dtype": "float16"})
+    with pytest.raises(BundleError, match=r"decoder\.onnx: its state is of the types float16, float32: export it"):
+        _dtype(decoder, state)
+    assert _dtype(decoder, state[:1]) == np.float16
+    assert _dtype(decoder, ()) == np.float32
 
 
 def test_a_precision_that_is_not_there_is_refused(untied: Toy) -> None:

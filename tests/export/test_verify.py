@@ -223,6 +223,16 @@ def test_int8_may_lose_so_much_and_no_more(checkpoint: Checkpoint, task: str, me
         assert f"int8 {metric} " in str(caught.value)
 
 
+@pytest.mark.parametrize("output", TOLERANCES["fp16"])
+def test_float16_may_differ_so_much_and_no_more(checkpoint: Checkpoint, output: str) -> None:
+    limit = TOLERANCES["fp16"][output]
+    near = Spoilt(checkpoint, FIELDS[output], lambda values: values + np.float32(0.9 * limit))
+    far = Spoilt(checkpoint, FIELDS[output], lambda values: values + np.float32(3 * limit))
+    assert verify(checkpoint, {"fp16": near}, pairs(STRINGS[:2])).differences["fp16"][output] <= limit
+    with pytest.raises(VerificationError, match=rf"fp16 {output} by \S+, the limit is {limit:.0e}"):
+        verify(checkpoint, {"fp16": far}, pairs(STRINGS[:2]))
+
+
 def network_again(checkpoint: Checkpoint) -> Any:
     """A copy of the network that stays as it is."""
     copy = type(checkpoint.model)(checkpoint.config.model, len(checkpoint.source), len(checkpoint.target)).eval()

@@ -1,6 +1,7 @@
 """Two untrained checkpoints that between them take every other turn of the configuration, exported once a session."""
 
 import functools
+import shutil
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,15 @@ def toy_model(name: str, folder: Path) -> Toy:
         patch.setattr(export.bundle, "trace", remember)
         manifest, parity = export_bundle(folder / "checkpoint", folder / "bundle", PAIRS, generate=True)
     return Toy(folder, traced, manifest, parity)
+
+
+def halved_model(toy: Toy, folder: Path) -> Toy:
+    """The same traces exported once more, in float16 too."""
+    shutil.copytree(toy.checkpoint, folder / "checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        retrace(toy, patch)
+        manifest, parity = export_bundle(folder / "checkpoint", folder / "bundle", PAIRS, fp16=True)
+    return Toy(folder, toy.traced, manifest, parity)
 
 
 def untrained(name: str) -> Checkpoint:

@@ -5,17 +5,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from export.manifest import BundleError, describe_file
+from export.manifest import BundleError, Precision, describe_file
 from model.errors import CheckpointError
 from model.steps import Question, Step
 from serve import bundle as serving_bundle
-from serve.bundle import Provider, ServedModel, choose_provider, load_model, warm_up
+from serve.bundle import Provider, ServedModel, choose_provider, default_precision, load_model, warm_up
 from serve.errors import ProviderError
 from tests.reversal import Reversal
 from tests.serve.steps import Echo
@@ -150,8 +150,11 @@ def test_without_a_build_for_gpus_it_says_what_to_install(reversal: Reversal, mo
 class Fallen(Echo):
     """Graphs that were to run on a GPU, where ONNX Runtime found none and fell back."""
 
-    def __init__(self, *_: object) -> None:
+    asked: ClassVar[list[object]] = []
+
+    def __init__(self, *arguments: object) -> None:
         self.providers = [CPU]
+        self.asked.append(arguments[2])
 
 
 @pytest.fixture
@@ -169,8 +172,51 @@ def test_falling_back_unasked_is_refused(reversal: Reversal) -> None:
 
 
 @pytest.mark.usefixtures("without_device")
-def test_auto_falls_back_and_says_so(reversal: Reversal) -> None:
-    assert load_model(reversal.bundle, provider="auto", threads=1).provider == "cpu"
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_auto_falls_back_and_says_so(
+    reversal: Reversal, monkeypatch: pytest.MonkeyPatch, precision: Precision | None
+) -> None:
+    monkeypatch.setattr(serving_bundle, "default_precision", lambda manifest, provider: DEFAULTS[provider])
+    Fallen.asked.clear()
+    model = load_model(reversal.bundle, provider="auto", precision=precision, threads=1)
+    assert (model.provider, model.precision) == ("cpu", precision or "fp32")
+    assert Fallen.asked == [precision or "fp16", precision or "fp32"]
+
+
+DEFAULTS: dict[str, Precision] = {"cuda": "fp16", "cpu": "fp32"}
+
+
+class Started(Echo):
+    """Graphs that run on a GPU."""
+
+    def __init__(self, *_: object) -> None:
+        self.providers = [CUDA, CPU]
+
+
+def test_on_cuda_the_state_stays_on_the_device(reversal: Reversal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(serving_bundle, "OnnxStepModel", Started)
+    monkeypatch.setattr(serving_bundle, "ResidentStepModel", Resident)
+    for provider in ("cuda", "auto"):
+        model = load_model(reversal.bundle, provider=provider, threads=1)
+        assert (model.provider, model.precision) == ("cuda", "fp32")
+        assert isinstance(model.steps, Resident)
+        assert isinstance(model.steps.graphs, Started)
+
+
+class Resident(Echo):
+    """Other graphs, with their state on the device."""
+
+    def __init__(self, graphs: object) -> None:
+        self.graphs = graphs
+
+
+def test_float16_is_for_cuda_where_there_is_any(reversal: Reversal) -> None:
+    without = reversal.manifest
+    graphs = {**without.graphs, "fp16": without.graphs["fp32"]}
+    with_it = without.model_copy(update={"graphs": graphs})
+    assert [default_precision(manifest, "cuda") for manifest in (without, with_it)] == ["fp32", "fp16"]
+    assert [default_precision(manifest, "cpu") for manifest in (without, with_it)] == ["fp32", "fp32"]
 
 
 class Senseless(Echo):
