@@ -12,8 +12,8 @@ from export.runtime import CPU, CUDA, OnnxStepModel, RuntimeOptions
 from export.verify import TOLERANCES, compare_values
 from model.search import SearchOptions, search
 from model.steps import ALL_FAMILIES, Question, Step
-from model.tokenizer import END
 from model.torch_steps import TorchStepModel
+from model.vocabulary import END
 from tests.export.test_generate import some_sources
 from tests.export.test_resident import Arrival, decode
 from tests.export.toy import Toy, network

@@ -23,7 +23,7 @@ from export.store_graphs import Tensor
 from model.grid import Grid
 from model.search import Decoding, Hypothesis, SearchOptions, score
 from model.steps import ALL_FAMILIES, Array, Family, Memory, Question, Step, StepModel, pad
-from model.tokenizer import BEGIN, END
+from model.vocabulary import BEGIN, END
 from tests.export.case import SOURCES, case_of
 from tests.export.toy import Toy
 from tests.model.searching import FAMILIES, assert_same

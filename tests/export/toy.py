@@ -100,7 +100,7 @@ def halved_model(toy: Toy, folder: Path) -> Toy:
     shutil.copytree(toy.checkpoint, folder / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         retrace(toy, patch)
-        manifest, parity = export_bundle(folder / "checkpoint", folder / "bundle", PAIRS, fp16=True)
+        manifest, parity = export_bundle(folder / "checkpoint", folder / "bundle", PAIRS, generate=True, fp16=True)
     return Toy(folder, toy.traced, manifest, parity)
 
 
