@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 LIMELIGHT := $(BIN)/limelight
 READY := $(VENV)/.ready
-PEER := $(VENV)/.bench
 
 CONFIG ?= configs/g2p-quick.toml
 CHECKPOINT ?= checkpoints/g2p-en
@@ -95,18 +94,14 @@ bench: $(READY) build/bench/bundle/bundle.json ## Measure export parity, tokens/
 build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
 	@$(LIMELIGHT) export $(CHECKPOINT) build/bench/bundle $(SHIPPED_DATA)
 
-bench-decode: $(PEER) ## Measure decoding beside CTranslate2, same weights (ARGS=--full for the whole grid); JSON in bench/results/
+bench-decode: $(READY) ## Measure decoding beside CTranslate2, same weights (ARGS=--full for the whole grid); JSON in bench/results/
 	@$(BIN)/python -m bench.decode --checkpoint $(CHECKPOINT) $(ARGS)
 
-bench-profile: $(PEER) ## Show what one decoder step consists of, before our rewrites of the graph and after; JSON in bench/results/
+bench-profile: $(READY) ## Show what one decoder step consists of, before our rewrites of the graph and after; JSON in bench/results/
 	@$(BIN)/python -m bench.profile_step $(ARGS)
 
 bench-cuda: $(READY) ## Measure CPU and CUDA, float16, and state that stays on the device; needs a GPU and onnxruntime-gpu
 	@$(BIN)/python -m bench.cuda $(ARGS)
-
-$(PEER): $(READY)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
-	@touch $@
 
 bench-load: $(READY) $(PEERS) ## Measure the server under load beside CTranslate2 and Triton; table and JSON in bench/results/
 	@$(BIN)/python -m bench.serve_load --json bench/results/load.json $(ARGS)

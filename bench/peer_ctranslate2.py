@@ -6,8 +6,8 @@ What was found out about version 4.8.5, by comparing with `model.search`:
 - Lengths count the end token, in the length limit and in the length penalty, as ours do.
 - Beam search stops when `beam_size` hypotheses are finished (`patience=1`), and an end token counts only among the
   `beam_size` best candidates: the rules of `model.search`. Ours also stops when no live hypothesis can win any more,
-  which changes no answer. With a length penalty of 0 it stops at once when the best candidate is an end token, and so
-  misses better answers now and then; the benchmark uses 1.
+  which changes no answer. With a length penalty of 0 it has another rule, and stops when the best candidate of all is
+  an end token, however many hypotheses are finished; the benchmark uses 1. `tests/peers` compares all options.
 - Quantising multiplies the arrays that it is given in place: it must be given copies.
 - Ours never writes padding and begin tokens. Here they could be suppressed (`suppress_sequences`), at a price; trained
   networks do not write them, and the random ones of the benchmark cannot, so nothing is suppressed.
