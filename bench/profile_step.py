@@ -142,7 +142,7 @@ def profile_table(title: str, profiles: Mapping[str, Profile]) -> Table:
 
 
 def as_traced(prepared: Prepared, folder: Path) -> Path:
-    """The decoder without our rewrites."""
+    """The decoder without `export.optimise.optimise`; its best tokens are found by blocks all the same."""
     checkpoint = load_checkpoint(prepared.folder / "checkpoint")
     exported = decoder_graph(checkpoint.model, len(checkpoint.target), ExampleSizes())
     model = trace(exported)

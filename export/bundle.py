@@ -77,7 +77,8 @@ def export_bundle(
         fp16: float16 too, for GPUs: a CPU computes it in float32, with casts around everything.
 
     Raises:
-        BundleError: something is there that is no bundle.
+        BundleError: something is there that is no bundle, or a weight is too large for float16.
+        DataError: no pair fits the model, so int8 cannot be made.
         CheckpointError: the checkpoint cannot be read.
         VerificationError: the graphs differ from the checkpoint; nothing is written.
     """

@@ -1,6 +1,7 @@
 """Between which values the inputs of a network's matrix products lie, seen on real pairs: what int8 needs to know."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ from export.graphs import Exported
 from export.quantise import LEVELS, Ranges, product_inputs
 from export.runtime import RuntimeOptions
 from model.checkpoint import Checkpoint
+from model.errors import DataError
 from model.pairs import Pair
 from model.steps import Array, causal, pad
 from model.vocabulary import BEGIN
@@ -18,11 +20,14 @@ from model.vocabulary import BEGIN
 MOST_PAIRS = 256
 """Pairs that are looked at: the ranges of more differ by little."""
 
-TOGETHER = 16
-"""Pairs in one pass."""
+LONGEST = 512
+"""Tokens of source or target beyond which a pair is not looked at: its attention would fill the memory."""
+
+TOKENS = 2048
+"""Padded tokens in one pass."""
 
 SAMPLE = 1 << 13
-"""Values that are kept of one tensor in one pass, besides the extremes."""
+"""Values that are kept of one tensor in one pass, drawn at random, besides the extremes."""
 
 SHARES = np.linspace(0.3, 1.0, 36)
 """Shares of the full range that are tried: to cut off the rarest values makes all others finer."""
@@ -44,19 +49,28 @@ def calibrate(
     Returns:
         For each graph and each tensor that goes into a product with weights, its lowest and highest value: those that
         make the mean squared error of rounding to 256 levels least.
+
+    Raises:
+        DataError: there is no pair to look at.
     """
+    batches = _batches(checkpoint, pairs)
+    if not batches:
+        raise DataError(
+            f"none of {len(pairs)} pairs has 2 to {LONGEST} tokens on either side within the model's limits: int8 "
+            "needs some, to see between which values activations lie; name other data with --set data..."
+        )
+    memory = [spec.name for spec in contracts["encoder"].outputs if spec.role == "memory"]
     sessions = {name: _session(model) for name, model in models.items()}
     seen: dict[str, dict[str, list[Array]]] = {
         name: {tensor: [] for tensor in product_inputs(model.graph)} for name, model in models.items()
     }
-    for sources, targets in _batches(checkpoint, pairs):
+    for sources, targets in batches:
         ids, mask = pad(sources)
-        encoded = _run(sessions["encoder"], {"source_ids": ids, "source_mask": mask})
+        encoded = _run(sessions["encoder"], {"source_ids": ids, "source_mask": mask}, [*seen["encoder"], *memory])
         _keep(seen["encoder"], encoded, mask)
         read, real = pad([[BEGIN, *target[:-1]] for target in targets])
-        _keep(
-            seen["decoder"], _run(sessions["decoder"], _decoder_feeds(contracts["decoder"], encoded, mask, read)), real
-        )
+        feeds = _decoder_feeds(contracts["decoder"], encoded, mask, read)
+        _keep(seen["decoder"], _run(sessions["decoder"], feeds, list(seen["decoder"])), real)
     return {
         name: {tensor: _range(np.concatenate(kept)) for tensor, kept in found.items()} for name, found in seen.items()
     }
@@ -68,18 +82,24 @@ def renamed(ranges: Ranges, before: GraphProto, after: GraphProto) -> Ranges:
     return {other: ranges[name] for name, other in zip(names, others, strict=True)}
 
 
-def _batches(checkpoint: Checkpoint, pairs: Sequence[Pair]) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
+def _batches(checkpoint: Checkpoint, pairs: Sequence[Pair]) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """Token ids of some pairs, drawn with a fixed seed, those of like length together."""
+    chosen = random.Random(0).sample(list(pairs), min(len(pairs), MOST_PAIRS))
     limits = checkpoint.config.model
-    sources = checkpoint.source.encode_ids([pair.source for pair in pairs])
-    targets = checkpoint.target.encode_ids([pair.target for pair in pairs])
-    fitting = [
-        (source, target)
-        for source, target in zip(sources, targets, strict=True)
-        if 1 < len(source) <= limits.longest_source and 1 < len(target) <= limits.longest_target
-    ][:MOST_PAIRS]
-    for first in range(0, len(fitting), TOGETHER):
-        batch = fitting[first : first + TOGETHER]
-        yield [source for source, _ in batch], [target for _, target in batch]
+    most = (min(LONGEST, limits.longest_source), min(LONGEST, limits.longest_target))
+    encoded = zip(
+        checkpoint.source.encode_ids([pair.source for pair in chosen]),
+        checkpoint.target.encode_ids([pair.target for pair in chosen]),
+        strict=True,
+    )
+    fitting = [pair for pair in encoded if all(1 < len(ids) <= limit for ids, limit in zip(pair, most, strict=True))]
+    batches: list[tuple[list[list[int]], list[list[int]]]] = []
+    for source, target in sorted(fitting, key=lambda pair: max(map(len, pair))):
+        if not batches or (len(batches[-1][0]) + 1) * max(len(source), len(target)) > TOKENS:
+            batches.append(([], []))
+        batches[-1][0].append(source)
+        batches[-1][1].append(target)
+    return batches
 
 
 def _session(model: ModelProto) -> ort.InferenceSession:
@@ -92,12 +112,12 @@ def _session(model: ModelProto) -> ort.InferenceSession:
         for name in product_inputs(model.graph)
         if name not in results
     )
-    return ort.InferenceSession(wider.SerializeToString(), RuntimeOptions().session_options(), ["CPUExecutionProvider"])
+    return RuntimeOptions().session(wider.SerializeToString())
 
 
-def _run(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
+def _run(session: ort.InferenceSession, feeds: Feeds, names: Sequence[str]) -> Feeds:
     taken = {value.name: feeds[value.name] for value in session.get_inputs()}
-    return dict(zip((value.name for value in session.get_outputs()), session.run(None, taken), strict=True))
+    return dict(zip(names, session.run(names, taken), strict=True))
 
 
 def _decoder_feeds(contract: Exported, encoded: Feeds, mask: Array, read: Array) -> Feeds:
@@ -122,9 +142,11 @@ def _decoder_feeds(contract: Exported, encoded: Feeds, mask: Array, read: Array)
 
 def _keep(seen: Mapping[str, list[Array]], found: Feeds, real: Array) -> None:
     """Some values of each tensor, padding left out, the extremes among them."""
+    draw = np.random.default_rng(0)
     for name, kept in seen.items():
         values = found[name].reshape(real.size, -1)[real.ravel()].ravel()
-        kept.append(np.append(values[:: 1 + values.size // SAMPLE], [values.min(), values.max()]))
+        some = draw.choice(values, SAMPLE) if values.size > SAMPLE else values
+        kept.append(np.append(some, [values.min(), values.max()]))
 
 
 def _range(values: Array) -> tuple[float, float]:

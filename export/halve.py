@@ -12,14 +12,12 @@ normalisation computes its mean and variance in float32 by itself (`stash_type`)
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
-from export.manifest import TensorSpec
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from export.manifest import BundleError, TensorSpec
+from model.steps import Array
 
 IN_HALF = frozenset({"MatMul", "Gemm", "LayerNormalization"})
 """Operators that are always computed in float16: they read the weights."""
@@ -132,7 +130,10 @@ class _Pass:
             weight = value.astype(np.float16)
         if not np.isfinite(weight).all():
             largest = float(np.abs(value).max())
-            raise ValueError(f"{name} holds {largest:g}, the most that float16 takes is {np.finfo(np.float16).max:g}")
+            raise BundleError(
+                f"a weight is {largest:g} ({name}), the most that float16 takes is {np.finfo(np.float16).max:g}: "
+                "export without --fp16"
+            )
         self.weights[f"{name}_half"] = weight
         return f"{name}_half"
 

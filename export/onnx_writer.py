@@ -1,4 +1,4 @@
-"""From an exported module to an ONNX file: trace, name the axes, add the top-k, share the weights, quantise."""
+"""From an exported module to an ONNX file: trace, name the axes, add the top-k and the switches, share the weights."""
 
 import hashlib
 import logging

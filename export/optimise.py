@@ -12,12 +12,12 @@ A step is short: what surrounds its matrix products costs as much as they do. So
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, parser
 
-Array: TypeAlias = np.ndarray[Any, Any]
+from model.steps import Array
 
 ELEMENTWISE = frozenset({"Add", "Div", "Erf", "LogSoftmax", "Mul", "Relu", "Sigmoid", "Sub", "Tanh"})
 """Operators that treat every row alike, whatever axes come before it."""
@@ -277,16 +277,16 @@ def best_tokens(values: str, top: str, outputs: Sequence[str], vocabulary: int) 
     missing = -vocabulary % size
     pad = parsed(PAD.replace("MISSING", str(missing)), {"values": values}) if missing else []
     text = BEST.replace("COUNT", str((vocabulary + missing) // size)).replace("SIZE", str(size))
-    names = {"values": "padded" if missing else values, "top": top, "best": outputs[0], "ids": outputs[1]}
+    names = {"values": "best_tokens/padded" if missing else values, "top": top, "best": outputs[0], "ids": outputs[1]}
     return [*pad, *parsed(text, names)]
 
 
 def parsed(text: str, names: Mapping[str, str]) -> list[NodeProto]:
-    """Nodes from ONNX's own text, some of their tensors renamed."""
+    """Nodes from ONNX's own text, some of their tensors renamed, the others set apart by a prefix."""
     nodes = list(parser.parse_graph(text).node)
     for node in nodes:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
+        node.input[:] = [names.get(name, f"best_tokens/{name}") for name in node.input]
+        node.output[:] = [names.get(name, f"best_tokens/{name}") for name in node.output]
     return nodes
 
 

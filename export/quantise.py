@@ -12,18 +12,21 @@ docs/decisions.md has what that comes to.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-Array: TypeAlias = np.ndarray[Any, Any]
+from model.steps import Array
 
 Ranges: TypeAlias = Mapping[str, tuple[float, float]]
 """Lowest and highest value of tensors; what lies beyond is cut off."""
 
 WEIGHT_LEVELS = 63
 """Weights have seven bits: on processors without VNNI, the sum of two products of eight bits can overflow."""
+
+MOST_BIAS = 2**30
+"""Levels of a bias: a column of weights that are nearly zero would ask for more than there are."""
 
 LEVELS = 255
 """Steps of an activation's eight bits."""
@@ -99,6 +102,9 @@ def _product(
     x, name, table = node.input[0], node.output[0], turned.get(node.input[1])
     weight = values[node.input[1]] if table is None else values[table].T
     scale = _scale(weight, 0)
+    if node.op_type == "Gemm":  # the bias, in units of both scales, has to fit 32 bits
+        least = np.abs(values[node.input[2]]) / (added[f"{x}_scale"] * MOST_BIAS)
+        scale = np.maximum(scale, least).astype(np.float32)
     added |= {f"{name}_scales": scale, f"{name}_zeros": np.zeros(len(scale), np.int8)}
     levels, nodes = f"{name}_weight", []
     if table is None:
@@ -140,7 +146,8 @@ def _lookup(node: NodeProto, table: Array, added: dict[str, Array]) -> list[Node
 
 def _scale(weight: Array, axis: int) -> Array:
     largest = np.abs(weight).max(axis)
-    scale: Array = np.where(largest == 0, 1.0, largest / WEIGHT_LEVELS).astype(np.float32)
+    none = largest < WEIGHT_LEVELS * np.finfo(np.float32).tiny
+    scale: Array = np.where(none, 1.0, largest / WEIGHT_LEVELS).astype(np.float32)
     return scale
 
 

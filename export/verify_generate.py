@@ -28,8 +28,7 @@ CROSS: frozenset[Family] = frozenset({"cross"})
 
 def open_generate(path: Path, options: RuntimeOptions | None = None) -> ort.InferenceSession:
     """Load the graph."""
-    chosen = options or RuntimeOptions()
-    return ort.InferenceSession(str(path), chosen.session_options(), list(chosen.providers))
+    return (options or RuntimeOptions()).session(str(path))
 
 
 def generate(

@@ -1,6 +1,6 @@
 """The continuous batcher: what is decoded together, from step to step. It knows no queue.
 
-tickets ──► admit: one encoder pass ──► lanes, one a beam size ──► step, step, step ──► each result as it is ready
+tickets ──► admit: encoder passes ──► lanes, one a beam size ──► step, step, step ──► each result as it is ready
 ▲                        │
 sentences join between steps    finished, cancelled, expired ones leave
 """
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from model.errors import InvalidRequestError
 from model.reading import read
 from model.search import Decoding, Hypothesis, Sentence, score
-from model.steps import Family, StepModel
+from model.steps import Family, Memory, StepModel
 from serve.errors import EngineError, ExpiredError
 from serve.jobs import Decoded, EngineLimits, Ticket
 
@@ -82,26 +82,43 @@ class Batcher:
                 return
             for width in dict.fromkeys(ticket.job.options.beam_size for ticket in tickets):
                 indices = [index for index, ticket in enumerate(tickets) if ticket.job.options.beam_size == width]
-                lane = self._lanes.setdefault(width, Lane(self._model, width))
-                lane.join(memory, indices, [tickets[index] for index in indices], [begun[index] for index in indices])
+                self._join(
+                    width, memory, indices, [tickets[index] for index in indices], [begun[index] for index in indices]
+                )
         except Exception:
             log.exception("a batch of %d could not be read", len(tickets))
             _fail(tickets)
 
+    def _join(
+        self,
+        width: int,
+        memory: Memory,
+        indices: Sequence[int],
+        tickets: Sequence[Ticket],
+        begun: Sequence[Decoded],
+    ) -> None:
+        lane = self._lanes.setdefault(width, Lane(self._model, width))
+        try:
+            lane.join(memory, indices, tickets, begun)
+        except Exception:
+            log.exception("%d sentences could not join %d others", len(tickets), len(lane.tickets))
+            _fail([*tickets, *lane.tickets])  # half joined, it is of no use to anybody
+            del self._lanes[width]
+
     def step(self) -> None:
         """One decoder step for everything that is under way."""
         for width, lane in list(self._lanes.items()):
-            lane.drop_unwanted()
-            if not lane.empty:
-                try:
+            try:
+                lane.drop_unwanted()
+                if not lane.empty:
                     lane.step()
-                except Exception:
-                    log.exception("a step of %d rows failed", lane.decoding.rows)
-                    _fail(lane.tickets)
-                    del self._lanes[width]
-                    continue
-            if lane.empty:
+            except Exception:
+                log.exception("a step of %d rows failed", lane.decoding.rows)
+                _fail(lane.tickets)
                 del self._lanes[width]
+            else:
+                if lane.empty:
+                    del self._lanes[width]
 
 
 class Lane:

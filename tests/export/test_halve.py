@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.halve import halve, halve_specs
-from export.manifest import TensorSpec, check_files, read_manifest
+from export.manifest import BundleError, TensorSpec, check_files, read_manifest
 from export.verify import METRIC_LOSS, TOLERANCES
 from export.verify_generate import generate, open_generate
 from model.grid import Grid
@@ -166,7 +166,9 @@ def test_a_result_that_two_types_read_is_cast_once() -> None:
 
 def test_a_weight_that_is_too_large_is_refused() -> None:
     model = small(MASKED, ["weights"], weight=1e5 * WEIGHT, mask=MASK)
-    with pytest.raises(ValueError, match=r"^weight holds 100000, the most that float16 takes is 65504$"):
+    with pytest.raises(
+        BundleError, match=r"^a weight is 100000 \(weight\), the most that float16 takes is 65504: export without"
+    ):
         halve(model, {"x"})
 
 

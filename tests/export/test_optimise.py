@@ -1,5 +1,6 @@
 """Rewritten graphs: cheaper, and the same."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+import export.optimise
+from export.bundle import export_bundle
 from export.optimise import SMALLEST_VOCABULARY, best_tokens, optimise
+from export.quantise import quantise
 from export.runtime import RuntimeOptions
 from model.steps import Array
-from tests.export.toy import Toy
+from tests.export.toy import PAIRS, Toy, retrace
 
 LIKE = {"EncoderGraph": "source_ids", "DecoderGraph": "target_ids", "SearchStep": "carried.totals"}
 TOLERANCE = 5e-5
@@ -148,3 +152,36 @@ def test_the_best_by_blocks_are_the_best(vocabulary: int, rows: int, share: floa
     np.testing.assert_array_equal(found, -np.sort(-values, 1)[:, :top])
     np.testing.assert_array_equal(np.take_along_axis(values, ids, 1), found)
     assert all(len(set(row)) == top for row in ids.tolist())
+
+
+@pytest.mark.parametrize("blocks", [range(71, 72), range(4, 9)], ids=["divided", "filled up"])
+def test_a_bundle_may_find_its_best_tokens_by_blocks(
+    untied: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: range
+) -> None:
+    monkeypatch.setattr(export.optimise, "SMALLEST_VOCABULARY", 2)
+    monkeypatch.setattr(export.optimise, "BLOCKS", blocks)
+    retrace(untied, monkeypatch)
+    manifest, parity = export_bundle(untied.checkpoint, tmp_path / "bundle", PAIRS, fp16=True)
+    graph = onnx.load(tmp_path / "bundle" / manifest.graphs["fp32"].decoder.file, load_external_data=False).graph
+    found = [node.op_type for node in graph.node]
+    assert found.count("TopK") == 2
+    assert ("Pad" in found) == all(manifest.target_vocabulary % size for size in blocks)
+    assert parity.equal["fp32"] == parity.answers == len(PAIRS)
+
+
+def test_a_bias_far_larger_than_its_weights_is_kept() -> None:
+    """A column of weights that are nearly zero: its bias, counted in their scale, must not overflow."""
+    weight = np.full((4, 2), 1e-12, np.float32)
+    weight[:, 1] = 0.5
+    bias = np.array([3.0, -2.0], np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "weight", "bias"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["row", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["row", 2])],
+        [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(bias, "bias")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    x = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    found = run(quantise(model, {"x": (-1.0, 1.0)}), {"x": x})["y"]
+    np.testing.assert_allclose(found, x @ weight + bias, atol=0.02)

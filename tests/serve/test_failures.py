@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from model.errors import InvalidRequestError
 from model.search import SearchOptions
 from model.steps import Array, Memory, Question, Step
+from model.store import ArrayStore, Store
 from model.vocabulary import END
 from serve.engine import Engine
 from serve.errors import EngineError
@@ -45,6 +46,20 @@ class FailingDecoder(Echo):
         if (question.positions[bad] >= self._after).any():
             raise RuntimeError("secret of the runtime")
         return super().step(question)
+
+
+class Clinging(ArrayStore):
+    """Fails when a sentence is to leave it."""
+
+    def leave(self, order: Sequence[int]) -> None:
+        raise RuntimeError(f"secret of the runtime, which keeps {len(order)}")
+
+
+class GatedClinging(Gated):
+    """Keeps its sentences in such a store."""
+
+    def new_store(self, width: int) -> Store:
+        return Clinging(self, width)
 
 
 @pytest.fixture
@@ -102,6 +117,22 @@ def test_a_failing_step_fails_what_is_decoded_in_it_and_nothing_else(
     assert tokens(finished) == SHORT
     assert same(result(aside).hypotheses, alone(MIDDLE, 3))
     assert same(result(engine.submit(job(LONG[:6]))).hypotheses, alone(LONG[:6], 1))
+
+
+def test_a_store_that_cannot_let_go_fails_its_batch_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    steps = GatedClinging(Echo())
+    engine = Engine(steps, EngineLimits())
+    first = occupied(engine, steps, STEADY)
+    second = engine.submit(job(MIDDLE))
+    steps.let()
+    steps.wait()
+    with caplog.at_level(logging.CRITICAL):
+        second.cancel()
+        steps.open()
+        assert_failed(first)
+    assert engine.alive
+    assert tokens(engine.submit(job(MIDDLE))) == MIDDLE
+    assert engine.stop(PATIENCE)
 
 
 @pytest.mark.parametrize(
