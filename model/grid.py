@@ -139,16 +139,25 @@ class Grid:
         self.clock += 1
         return step
 
-    def columns(self, rows: Int[np.ndarray, "row time"]) -> Int[np.ndarray, "row read"]:
-        """Where the newest step's decoder attention has what each row of a sentence has read, its new token last.
+    def columns(
+        self, rows: Int[np.ndarray, "sentence row time"], ages: Int[np.ndarray, " sentence"]
+    ) -> Int[np.ndarray, "sentence row time+1"]:
+        """Where the newest step's decoder attention has what each row has read, its new token last.
 
         Args:
-            rows: which row of the sentence read each token before, in the line that ends in each row.
+            rows: which row of its sentence read each token before, in the line that ends in each row.
+            ages: how many each sentence's rows had read; what comes after the new token is to be cut off.
         """
-        count = rows.shape[1]
-        times = self.clock - 1 - count + np.arange(count)
-        own = self.ring * self.width + np.arange(self.width)[:, None]
-        return np.concatenate((times % self.ring * self.width + rows, own), 1)
+        count, width, longest = rows.shape
+        times = self.clock - 1 - ages[:, None] + np.arange(longest + 1)
+        read = np.zeros((count, width, longest + 1), np.int64)
+        read[:, :, :longest] = rows
+        before = np.arange(longest + 1) < ages[:, None]
+        own = self.ring * width + np.arange(width)[:, None]
+        columns: Int[np.ndarray, "sentence row read"] = np.where(
+            before[:, None], (times % self.ring * width)[:, None] + read, own
+        )
+        return columns
 
     def _start(self, memory: Memory, sentences: Sequence[int]) -> None:
         whole = list(sentences) == list(range(len(memory.source_mask)))

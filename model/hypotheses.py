@@ -95,8 +95,12 @@ class Chain:
 
     def cross_attention(self, trail: Sequence[Glimpse]) -> Float[np.ndarray, "layer head target source"] | None:
         """The rows that produced the tokens."""
-        rows = [row for t in range(len(self.rows)) if (row := self.cross_row(trail, t)) is not None]
-        return np.stack(rows, 2) if rows else None
+        count = len(self.rows)
+        steps = [glimpse.cross for glimpse in trail[:count] if glimpse.cross is not None]
+        if not steps:
+            return None
+        width, looks = steps[0].shape[2], np.concatenate(steps, 2)
+        return looks if width == 1 else looks[:, :, np.arange(count) * width + self.rows]
 
     def decoder_attention(self, trail: Sequence[Glimpse]) -> Float[np.ndarray, "layer head target target"] | None:
         """The rows that produced the tokens; zero above the diagonal."""

@@ -157,11 +157,13 @@ class Decoding:
         return sentence.settle(live)
 
     def _look(self, sentences: Sequence[Sentence], step: Step) -> None:
+        decoder = step.decoder_attention
+        if decoder is not None:
+            ages = np.array([sentence.age for sentence in sentences])
+            columns = self._grid.columns(self._rows[:, :, : ages.max()], ages)
+            decoder = np.take_along_axis(decoder, columns[:, None, None], -1)
         for sentence in sentences:
-            columns = None
-            if step.decoder_attention is not None and "decoder" in sentence.needed:
-                columns = self._grid.columns(self._rows[sentence.place, :, : sentence.age])
-            sentence.look(step, columns)
+            sentence.look(step.cross_attention, decoder)
 
     def _refuse_no_numbers(
         self, values: Float[np.ndarray, "sentence row top"], following: Float[np.ndarray, "sentence row"]

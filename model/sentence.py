@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float
 
 from model.constraints import Constraints
 from model.errors import InvalidRequestError
 from model.hypotheses import Chain, Glimpse, Hypothesis, Node, bound
 from model.options import SearchOptions
-from model.steps import Family, Step
+from model.steps import Family
 
 
 class Sentence:
@@ -21,6 +21,7 @@ class Sentence:
     Attributes:
         options: how it is decoded.
         attention: families that its hypotheses carry.
+        needed: families that the search itself or the answer needs.
         done: no more steps are wanted.
     """
 
@@ -28,6 +29,8 @@ class Sentence:
         self, options: SearchOptions, attention: frozenset[Family], source_length: int, vocabulary: int
     ) -> None:
         self.options, self.attention, self.done = options, attention, False
+        covered: frozenset[Family] = frozenset({"cross"} if options.coverage_penalty else ())
+        self.needed = attention | covered
         self.place, self.age = 0, 0
         self.constraints = Constraints(options, vocabulary)
         self._source_length = source_length
@@ -37,30 +40,28 @@ class Sentence:
         self._error: InvalidRequestError | None = None
 
     @property
-    def needed(self) -> frozenset[Family]:
-        """Families that the search itself or the answer needs."""
-        return self.attention | {"cross"} if self.options.coverage_penalty else self.attention
-
-    @property
     def finished(self) -> int:
         """Hypotheses that have ended."""
         return len(self._finished)
 
-    def look(self, step: Step, columns: Int[np.ndarray, "row read"] | None) -> None:
+    def look(
+        self,
+        cross: Float[np.ndarray, "sentence layer head row source"] | None,
+        decoder: Float[np.ndarray, "sentence layer head row read"] | None,
+    ) -> None:
         """Keep what its rows looked at in a step, of the families that are needed: copies, of nothing but that.
 
         Args:
-            step: of the whole batch.
-            columns: where the decoder attention has what each row has read; None where it is not needed.
+            cross: of all sentences.
+            decoder: of all sentences, over what each row has read, its new token last.
         """
-        cross = decoder = None
-        if step.cross_attention is not None and "cross" in self.needed:
-            cross = step.cross_attention[self.place, ..., : self._source_length].copy()
-        if step.decoder_attention is not None and columns is not None:
-            rows = np.arange(len(columns))[:, None]
-            decoder = step.decoder_attention[self.place][:, :, rows, columns]
-        if cross is not None or decoder is not None:
-            self._trail.append(Glimpse(cross, decoder))
+        own_cross = own_decoder = None
+        if cross is not None and "cross" in self.needed:
+            own_cross = cross[self.place, ..., : self._source_length].copy()
+        if decoder is not None and "decoder" in self.needed:
+            own_decoder = decoder[self.place, ..., : self.age + 1].copy()
+        if own_cross is not None or own_decoder is not None:
+            self._trail.append(Glimpse(own_cross, own_decoder))
 
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""
