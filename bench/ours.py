@@ -7,16 +7,13 @@ from typing import TypeAlias
 from export.manifest import Precision as Graphs
 from export.manifest import read_manifest
 from export.resident import Device, ResidentStepModel
-from export.runtime import CPU, CUDA, OnnxStepModel, RuntimeOptions
+from export.runtime import PROVIDERS, OnnxStepModel, RuntimeOptions
 from model.reading import read
 from model.search import Decoding, Hypothesis, SearchOptions
 from model.steps import Family, StepModel
 
 GRAPHS: dict[str, Graphs] = {"float32": "fp32", "int8": "int8", "float16": "fp16"}
 """What a bundle calls the precisions of the benchmarks."""
-
-PROVIDERS: dict[Device, tuple[str, ...]] = {"cpu": (CPU,), "cuda": (CUDA, CPU)}
-"""What ONNX Runtime calls them, with what each leaves to another."""
 
 FAMILIES: dict[str, frozenset[Family]] = {
     "none": frozenset(),

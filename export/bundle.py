@@ -16,6 +16,7 @@ import onnx
 
 from export.calibrate import calibrate, renamed
 from export.generate import GENERATE, assemble, generate_spec, save_generate, search_step
+from export.graph_bytes import OPSET
 from export.graphs import ExampleSizes, Exported, decoder_graph, encoder_graph
 from export.halve import halve, halve_specs
 from export.manifest import (
@@ -30,7 +31,7 @@ from export.manifest import (
     Provenance,
     describe_file,
 )
-from export.onnx_writer import OPSET, finish, save_graphs, trace
+from export.onnx_writer import finish, save_graphs, trace
 from export.optimise import optimise
 from export.quantise import quantise
 from export.runtime import OnnxStepModel

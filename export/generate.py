@@ -18,9 +18,10 @@ import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, compose, helper, numpy_helper, parser
 
-from export.graphs import ExampleSizes, Exported
+from export.graph_bytes import OPSET
+from export.graphs import ExampleSizes, Exported, memory_specs
 from export.manifest import GraphSpec, TensorSpec
-from export.onnx_writer import OPSET, needed_alone, value_info
+from export.onnx_writer import needed_alone, value_info
 from export.search_step import Beams, SearchStep
 from model.attention import KeyValue
 from model.config import ModelConfig
@@ -111,7 +112,7 @@ def search_step(model: Transformer, sizes: ExampleSizes) -> Exported:
     """The body of the Loop with its contract."""
     config = model.config
     example = {"batch": sizes.batch, "beam": sizes.query, "source": sizes.source, "past": sizes.past, "age": 4}
-    carried, memory = [*_carried("carried"), *_state(config, "carried", "past")], _memory(config)
+    carried, memory = [*_carried("carried"), *_state(config, "carried", "past")], memory_specs(config)
     mask = _spec("source_mask", "bool", "batch", "source")
     options = (_spec("longest", "int64"), _spec("length_penalty", "float32"))
 
@@ -266,11 +267,6 @@ def _carried(prefix: str, age: str = "age", past: str = "past") -> list[TensorSp
 def _state(config: ModelConfig, prefix: str, past: str) -> list[TensorSpec]:
     axes = ("batch", config.heads, past, config.head_width)
     return [_spec(f"{prefix}.{name}", "float32", *axes, role="state") for name in _parts(config)]
-
-
-def _memory(config: ModelConfig) -> list[TensorSpec]:
-    axes = ("batch", config.heads, "source", config.head_width)
-    return [_spec(f"memory.{name}", "float32", *axes, role="memory") for name in _parts(config)]
 
 
 def _parts(config: ModelConfig) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from model.steps import Array
 
 OPSET = 18
-"""That of the exported graphs."""
+"""First operator set with everything in use here and in the exported graphs; every later runtime reads it."""
 
 IR_VERSION = 8
 """First version of the format that every operator of OPSET may stand in."""

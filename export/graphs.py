@@ -65,7 +65,7 @@ class DecoderGraph(nn.Module):
         The first, [batch query vocabulary], does not leave the finished graph: the writer takes the best of it.
         """
         decoded = self.decoder(
-            target_ids, positions, _pairs(memory), source_mask, new_visible, _pairs(state), past_visible
+            target_ids, positions, key_values(memory), source_mask, new_visible, key_values(state), past_visible
         )
         log_probabilities = decoded.logits.log_softmax(-1)
         return (
@@ -94,7 +94,7 @@ def encoder_graph(model: Transformer, source_vocabulary: int, sizes: ExampleSize
     mask = torch.ones(sizes.batch, sizes.source, dtype=torch.bool)
     inputs = (_spec("source_ids", "int64", "batch", "source"), _spec("source_mask", "bool", "batch", "source"))
     attention = ("batch", config.encoder_layers, config.heads, "source", "source")
-    outputs = (*_memory(config), _spec("encoder_attention", "float32", *attention))
+    outputs = (*memory_specs(config), _spec("encoder_attention", "float32", *attention))
     return Exported(EncoderGraph(model), (ids, mask), inputs, outputs)
 
 
@@ -109,8 +109,8 @@ def decoder_graph(model: Transformer, target_vocabulary: int, sizes: ExampleSize
         torch.ones(batch, query, sizes.past, dtype=torch.bool),
         torch.randint(target_vocabulary, (batch, query)),
         torch.ones(batch, sizes.source, dtype=torch.bool),
-        [torch.randn(batch, heads, sizes.source, width) for _ in _memory(config)],
-        [torch.randn(batch, heads, sizes.past, width) for _ in _memory(config)],
+        [torch.randn(batch, heads, sizes.source, width) for _ in memory_specs(config)],
+        [torch.randn(batch, heads, sizes.past, width) for _ in memory_specs(config)],
     )
     inputs = (
         _spec("target_ids", "int64", "batch", "query"),
@@ -119,7 +119,7 @@ def decoder_graph(model: Transformer, target_vocabulary: int, sizes: ExampleSize
         _spec("past_visible", "bool", "batch", "query", "past"),
         _spec("next_ids", "int64", "batch", "query"),
         _spec("source_mask", "bool", "batch", "source"),
-        *_memory(config),
+        *memory_specs(config),
         *_state(config, "state", "past"),
     )
     attention = ("batch", config.decoder_layers, heads, "query")
@@ -162,7 +162,8 @@ def _spec(name: Any, dtype: Any, *axes: str | int) -> TensorSpec:
     return TensorSpec(name=name, role=name, dtype=dtype, axes=axes)
 
 
-def _memory(config: ModelConfig) -> list[TensorSpec]:
+def memory_specs(config: ModelConfig) -> list[TensorSpec]:
+    """Cross keys and values of every decoder layer."""
     axes = ("batch", config.heads, "source", config.head_width)
     return [
         TensorSpec(name=f"memory.{layer}.{part}", role="memory", dtype="float32", axes=axes)
@@ -190,5 +191,6 @@ def _flat(pairs: list[KeyValue]) -> list[Tensor]:
     return [tensor for pair in pairs for tensor in pair]
 
 
-def _pairs(tensors: list[Tensor]) -> list[KeyValue]:
+def key_values(tensors: list[Tensor]) -> list[KeyValue]:
+    """Keys and values that stand in turn, a pair a layer."""
     return [KeyValue(*tensors[index : index + 2]) for index in range(0, len(tensors), 2)]

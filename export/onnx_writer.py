@@ -16,13 +16,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch.export import Dim
 from torch.utils._pytree import tree_map_with_path
 
+from export.graph_bytes import OPSET
 from export.graphs import LOG_PROBABILITIES, TOP_INPUT, TOP_OUTPUTS, Exported, wanted_input
 from export.manifest import TensorSpec
 from export.optimise import best_tokens, reads
 from model.options import LARGEST_BEAM
-
-OPSET = 18
-"""First operator set with everything in use here; every later runtime reads it."""
 
 WEIGHTS = "weights.bin"
 """The file that both graphs of a precision keep their weights in; a table they share is stored once."""

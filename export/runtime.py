@@ -20,6 +20,9 @@ LOG_ERRORS = 3
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
+PROVIDERS: Mapping[str, tuple[str, ...]] = {"cpu": (CPU,), "cuda": (CUDA, CPU)}
+"""What ONNX Runtime calls the providers, with what each leaves to another."""
+
 PROVIDER_OPTIONS: Mapping[str, Mapping[str, str]] = {
     CUDA: {
         # Sizes change at nearly every step: an arena that doubles would hold up to twice what is needed.

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int, Shaped
 from torch import Tensor, nn
 
-from model.attention import KeyValue
+from export.graphs import key_values
 from model.options import LARGEST_BEAM, UNWRITABLE
 from model.transformer import Transformer
 from model.vocabulary import BEGIN, END
@@ -91,10 +91,10 @@ class SearchStep(nn.Module):
         decoded = self.decoder(
             beams.read[:, :, -1],
             step.expand(batch, width),
-            _pairs(memory),
+            key_values(memory),
             source_mask,
             alone,
-            _pairs(beams.state),
+            key_values(beams.state),
             beams.visible,
         )
         age = step + 1
@@ -191,7 +191,3 @@ def _replace(
 ) -> Shaped[Tensor, "batch age+1"]:
     new = histories.gather(1, winner[:, :, None].expand(-1, -1, histories.shape[2]))[:, 0]
     return torch.where(better[:, None], new, nn.functional.pad(best, (0, 1)))
-
-
-def _pairs(tensors: list[Tensor]) -> list[KeyValue]:
-    return [KeyValue(*tensors[index : index + 2]) for index in range(0, len(tensors), 2)]

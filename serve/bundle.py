@@ -10,7 +10,7 @@ import onnxruntime as ort
 from export.cpu import available_cpus
 from export.manifest import BundleError, Manifest, Precision, check_files, read_manifest
 from export.resident import ResidentStepModel
-from export.runtime import CPU, CUDA, OnnxStepModel, RuntimeOptions
+from export.runtime import CUDA, PROVIDERS, OnnxStepModel, RuntimeOptions
 from model.errors import InvalidRequestError, NotANumberError
 from model.search import SearchOptions, search
 from model.steps import StepModel
@@ -19,8 +19,6 @@ from model.vocabulary import END
 from serve.errors import ProviderError
 
 Provider = Literal["auto", "cpu", "cuda"]
-
-_PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,13 @@ def load_model(
     check_files(bundle, manifest)
     count = threads or available_cpus()
     chosen = choose_provider(provider)
-    options = RuntimeOptions(providers=_with_fallback(chosen), threads=count)
+    options = RuntimeOptions(providers=PROVIDERS[chosen], threads=count)
     found = precision or default_precision(manifest, chosen)
     graphs = OnnxStepModel(bundle, manifest, found, options)
-    if _PROVIDERS[chosen] not in graphs.providers:
+    if PROVIDERS[chosen][0] not in graphs.providers:
         if provider == "auto":
             return load_model(bundle, provider="cpu", precision=precision, threads=threads)
-        raise ProviderError(f"ONNX Runtime could not start {_PROVIDERS[chosen]} and fell back to {graphs.providers}")
+        raise ProviderError(f"ONNX Runtime could not start {PROVIDERS[chosen][0]} and fell back to {graphs.providers}")
     steps: StepModel = ResidentStepModel(graphs) if chosen == "cuda" else graphs
     source, target = (
         Tokenizer.load(bundle / manifest.source_tokenizer),
@@ -93,13 +91,13 @@ def choose_provider(wanted: Provider) -> str:
         ProviderError: CUDA is asked for, and this ONNX Runtime was built without it.
     """
     available = ort.get_available_providers()
-    if wanted == "cuda" and _PROVIDERS["cuda"] not in available:
+    if wanted == "cuda" and CUDA not in available:
         raise ProviderError(
             f"--provider cuda: this onnxruntime offers {', '.join(available)} only; install limelight[gpu] in place of "
             "limelight[serve], or use --provider cpu"
         )
     if wanted == "auto":
-        return "cuda" if _PROVIDERS["cuda"] in available else "cpu"
+        return "cuda" if CUDA in available else "cpu"
     return wanted
 
 
@@ -122,7 +120,3 @@ def warm_up(model: ServedModel) -> None:
     values = np.array(found[0][0].log_probabilities)
     if not np.all(np.isfinite(values) & (values <= 1e-5)):
         raise BundleError(f"{model.manifest.name}: the warm-up gave log-probabilities {values.tolist()}")
-
-
-def _with_fallback(chosen: str) -> tuple[str, ...]:
-    return (_PROVIDERS[chosen],) if chosen == "cpu" else (_PROVIDERS[chosen], _PROVIDERS["cpu"])
