@@ -175,6 +175,8 @@ Data = Annotated[CmudictData | Cmudict07bData | PairsData, Field(discriminator="
 class TrainingConfig(Frozen):
     """The optimisation."""
 
+    initial: Path | None = None
+    """A checkpoint whose weights and tokenizers training begins with, of a like network."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     """Seed of initial weights, order of batches and dropout."""
     updates: int = Field(default=8000, ge=1)
@@ -197,6 +199,8 @@ class TrainingConfig(Frozen):
     """Decoupled weight decay (AdamW) on matrices."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Probability spread over the whole vocabulary (5.4)."""
+    r_drop: float = Field(default=0.0, ge=0)
+    """R-Drop's alpha (Liang et al. 2021): every batch is read twice, in about twice the time. 0 is without."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Largest norm of the whole gradient; 0 leaves it alone."""
     bf16: bool = False

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from model.batches import Batch, BatchStream, Examples, encode_pairs
 from model.card import model_card
 from model.checkpoint import Checkpoint, average_weights, build_model, load_checkpoint, save_checkpoint
 from model.config import Config
+from model.errors import CheckpointError
+from model.loss import training_loss
 from model.metrics import LOWER_IS_BETTER
 from model.pairs import Pairs, read_pairs
 from model.processes import Processes, join_processes
@@ -31,7 +33,10 @@ from model.run import RunFolder, check_same_run
 from model.schedule import learning_rate
 from model.tokenizer import Tokenizer, train_tokenizers
 from model.transformer import Transformer
-from model.validation import Validation, token_loss
+from model.validation import Validation
+
+MAY_CHANGE = {"dropout", "attention_dropout", "longest_source", "longest_target"}
+"""Settings of the network that weights trained with others still fit."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,15 @@ class Material:
     withheld: int
 
 
-def prepare(config: Config, processes: Processes, resumed: Checkpoint | None = None) -> Material:
-    """Read the data, train the tokenizers (or take a resumed run's), encode.
+def prepare(config: Config, processes: Processes, begin: Checkpoint | None = None) -> Material:
+    """Read the data, train the tokenizers (or take those of the checkpoint that training begins with), encode.
 
     Raises:
         DataError: the data cannot be used.
     """
     train, validation = read_pairs(config.data, "train"), read_pairs(config.data, "validation")
-    if resumed is not None:
-        source, target = resumed.source, resumed.target
+    if begin is not None:
+        source, target = begin.source, begin.target
     else:
         sources, targets = [pair.source for pair in train.pairs], [pair.target for pair in train.pairs]
         source, target = processes.share(lambda: train_tokenizers(config.tokenizer, sources, targets))
@@ -96,7 +101,8 @@ def train(config: Config, folder: Path, *, resume: bool = False, overwrite: bool
         if start is not None:
             check_same_run(start, config)
         resumed = load_checkpoint(start, training=True) if start is not None else None
-        trainer = Trainer(config, run, processes, prepare(config, processes, resumed), resumed)
+        begin = resumed or _initial(config)
+        trainer = Trainer(config, run, processes, prepare(config, processes, begin), begin)
         with Report(config, run.events, trainer.update, enabled=processes.first) as report:
             return trainer.run_to_end(report)
 
@@ -109,12 +115,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, run: RunFolder, processes: Processes, material: Material, resumed: Checkpoint | None
+        self, config: Config, run: RunFolder, processes: Processes, material: Material, begin: Checkpoint | None
     ) -> None:
         self._config, self._options, self._run, self._processes = config, config.training, run, processes
         self._material = material
         torch.manual_seed(self._options.seed)
-        self.model = (resumed.model if resumed else build_model(config, material.source, material.target)).train()
+        self.model = (begin.model if begin else build_model(config, material.source, material.target)).train()
         self.model.to(processes.device)
         self._optimiser = _optimiser(self.model, config)
         self._stream = BatchStream(
@@ -126,8 +132,8 @@ class Trainer:
         )
         self.update, self._best, self._stale = 0, math.inf, 0
         self._interrupted = threading.Event()
-        if resumed is not None and resumed.training is not None:
-            self._restore(resumed.training)
+        if begin is not None and begin.training is not None:
+            self._restore(begin.training)
         self._validation = Validation(
             config,
             material.validation_pairs,
@@ -179,7 +185,9 @@ class Trainer:
             last = index == len(batches) - 1
             synchronise = nullcontext() if last or self._processes.world == 1 else network.no_sync()  # type: ignore[operator]
             with synchronise, self._autocast():
-                loss = token_loss(network, batch.to(self._processes.device), self._options.label_smoothing)
+                loss = training_loss(
+                    network, batch.to(self._processes.device), self._options.label_smoothing, self._options.r_drop
+                )
                 # DistributedDataParallel averages gradients over the processes; the sum over all tokens is wanted.
                 (loss * (self._processes.world / tokens)).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
@@ -285,6 +293,24 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+def _initial(config: Config) -> Checkpoint | None:
+    """The configured network with the weights of the checkpoint that a fresh run begins with, if it names one.
+
+    Raises:
+        CheckpointError: it is not there, is damaged, or is of another network.
+    """
+    if config.training.initial is None:
+        return None
+    initial = load_checkpoint(config.training.initial)
+    wanted, found = (settings.model_dump(exclude=MAY_CHANGE) for settings in (config.model, initial.config.model))
+    unlike = [f"{name}={found[name]}, expected {value}" for name, value in wanted.items() if found[name] != value]
+    if unlike:
+        raise CheckpointError(f"training.initial={config.training.initial}: another network, {'; '.join(unlike)}")
+    model = build_model(config, initial.source, initial.target)
+    model.load_state_dict(initial.model.state_dict())
+    return replace(initial, config=config, model=model)
 
 
 def _optimiser(model: Transformer, config: Config) -> AdamW:

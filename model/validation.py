@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from model.batches import Batch, Example, bucket, collate
+from model.batches import Example, bucket, collate
 from model.config import Config
 from model.evaluate import Decoder, evaluate
+from model.loss import token_loss
 from model.pairs import Pairs, sample_pairs
 from model.picture import AttentionPicture
 from model.search import score
 from model.tokenizer import Tokenizer
 from model.torch_steps import TorchStepModel
 from model.transformer import Transformer
-from model.vocabulary import PAD
 
 PICTURE_LENGTH = 40
 """Most tokens of a pair whose attention is pictured: beyond it the picture says little at TensorBoard's size."""
@@ -93,15 +92,3 @@ class Validation:
             total += token_loss(model, batch.to(self._device), 0.0).item()
             tokens += batch.target_tokens
         return total / tokens
-
-
-def token_loss(model: torch.nn.Module, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """Cross-entropy summed over the batch's target tokens (5.4 for the smoothing)."""
-    output = model(batch.source_ids, batch.source_mask, batch.target_ids)
-    return cross_entropy(
-        output.logits.flatten(0, 1).float(),
-        batch.next_ids.flatten(),
-        ignore_index=PAD,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )

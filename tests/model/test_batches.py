@@ -9,8 +9,8 @@ import torch
 from model.batches import Batch, BatchStream, Example, bucket, collate, encode_pairs
 from model.config import ModelConfig
 from model.errors import DataError
+from model.loss import token_loss
 from model.pairs import Pair
-from model.validation import token_loss
 from model.vocabulary import BEGIN, END, PAD
 from tests.model.texts import trained
 from tests.model.toy import small_transformer

@@ -170,3 +170,42 @@ def test_accumulated_batches_are_one_large_batch(data: Path, tmp_path: Path) -> 
         torch.testing.assert_close(other[name], one[name], atol=1e-6, rtol=0)
     assert count > 3
     assert changed > 1e-4
+
+
+def begins_with(data: Path, checkpoint: Path, **training: Any) -> Any:
+    return tiny_config(data, {"initial": str(checkpoint), **training})
+
+
+def test_a_run_may_begin_with_the_weights_and_tokenizers_of_another(data: Path, whole: Path, tmp_path: Path) -> None:
+    # At so small a rate nothing moves, so what the run ends with is what it began with.
+    train(begins_with(data, whole / "best", learning_rate=1e-12, average=1), tmp_path / "run")
+    began, ended = load_checkpoint(whole / "best"), load_checkpoint(tmp_path / "run" / "final")
+    for name, weight in weights(tmp_path / "run" / "final").items():
+        torch.testing.assert_close(weight, weights(whole / "best")[name], rtol=0, atol=1e-6, msg=name)
+    assert ended.config.training.initial == whole / "best"
+    assert [ended.source.token_text(index) for index in range(len(ended.source))] == [
+        began.source.token_text(index) for index in range(len(began.source))
+    ]
+
+
+def test_it_may_begin_with_weights_that_had_other_dropout(data: Path, whole: Path, tmp_path: Path) -> None:
+    config = begins_with(data, whole / "best", updates=4)
+    train(config.model_copy(update={"model": config.model.model_copy(update=WITHOUT_DROPOUT)}), tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "final").config.model.dropout == 0.0
+
+
+def test_a_run_that_began_with_weights_is_resumed_from_its_own(data: Path, whole: Path, tmp_path: Path) -> None:
+    train(begins_with(data, whole / "best", updates=6), tmp_path / "run")
+    reached = train(begins_with(data, whole / "best", updates=8), tmp_path / "run", resume=True)
+    assert reached["update"] in {6, 8}
+    assert (tmp_path / "run" / "update-00000008").is_dir()
+
+
+def test_it_does_not_begin_with_another_network(data: Path, whole: Path, tmp_path: Path) -> None:
+    config = begins_with(data, whole / "best")
+    wider = config.model_copy(update={"model": config.model.model_copy(update={"feed_forward": 40})})
+    with pytest.raises(CheckpointError, match=r"initial=.*best: another network, feed_forward=\d+, expected 40"):
+        train(wider, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        train(begins_with(data, tmp_path / "nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run" / "final").exists()
