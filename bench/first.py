@@ -22,7 +22,7 @@ from rich.table import Table
 from bench.machine import describe_machine
 from export.commands import parity_table
 from export.manifest import Manifest, read_manifest
-from export.runtime import OnnxStepModel, RuntimeOptions
+from export.runtime import OnnxGreedyModel, RuntimeOptions
 from model.config import CmudictData
 from model.pairs import read_pairs
 from model.search import SearchOptions, search
@@ -35,7 +35,7 @@ ATTENTION: Mapping[str, frozenset[Family]] = {"with": frozenset({"cross", "decod
 
 
 def decode_all(
-    model: OnnxStepModel, sources: list[list[int]], batch: int, longest: int, families: frozenset[Family]
+    model: OnnxGreedyModel, sources: list[list[int]], batch: int, longest: int, families: frozenset[Family]
 ) -> tuple[float, int]:
     """Seconds and generated tokens for all sources, greedily, in batches."""
     tokens, begun = 0, time.perf_counter()
@@ -59,7 +59,7 @@ def measure(bundle: Path, rounds: int, threads: int) -> list[dict[str, Any]]:
     options = RuntimeOptions(threads=threads)
     sources = draw_sources(bundle, manifest)
     longest = manifest.limits.longest_target
-    models = {precision: OnnxStepModel(bundle, manifest, precision, options) for precision in manifest.graphs}
+    models = {precision: OnnxGreedyModel(bundle, manifest, precision, options) for precision in manifest.graphs}
     cases = [(precision, attention) for precision in models for attention in ATTENTION]
     speeds: dict[tuple[str, str, int], list[float]] = {}
     for turn in track(range(rounds + 1), "measuring", transient=True):

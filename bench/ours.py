@@ -7,7 +7,7 @@ from typing import TypeAlias
 from export.manifest import Precision as Graphs
 from export.manifest import read_manifest
 from export.resident import Device, ResidentStepModel
-from export.runtime import PROVIDERS, OnnxStepModel, RuntimeOptions
+from export.runtime import PROVIDERS, OnnxGreedyModel, OnnxStepModel, RuntimeOptions
 from model.reading import read
 from model.search import Decoding, Hypothesis, SearchOptions
 from model.steps import Family, StepModel
@@ -60,7 +60,8 @@ class Ours:
         resident: bool = False,
     ) -> None:
         options = RuntimeOptions(providers=PROVIDERS[device], threads=threads, spinning=spinning)
-        graphs = OnnxStepModel(bundle, read_manifest(bundle), GRAPHS[precision], options)
+        made = OnnxStepModel if resident else OnnxGreedyModel
+        graphs = made(bundle, read_manifest(bundle), GRAPHS[precision], options)
         self._model: StepModel = ResidentStepModel(graphs, device) if resident else graphs
 
     @staticmethod

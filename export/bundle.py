@@ -18,6 +18,7 @@ from export.calibrate import calibrate, renamed
 from export.generate import GENERATE, assemble, generate_spec, save_generate, search_step
 from export.graph_bytes import OPSET
 from export.graphs import ExampleSizes, Exported, decoder_graph, encoder_graph
+from export.greedy import GREEDY, greedy_graph
 from export.halve import halve, halve_specs
 from export.manifest import (
     MANIFEST,
@@ -34,7 +35,7 @@ from export.manifest import (
 from export.onnx_writer import finish, save_graphs, trace
 from export.optimise import optimise
 from export.quantise import quantise
-from export.runtime import OnnxStepModel
+from export.runtime import OnnxGreedyModel, OnnxStepModel
 from export.verify import Parity, verify
 from export.verify_generate import verify_generate
 from model.card import CARD
@@ -94,7 +95,7 @@ def export_bundle(
         if (checkpoint_folder / CARD).is_file():
             shutil.copyfile(checkpoint_folder / CARD, folder / CARD)
         manifest = _describe(checkpoint, folder, graphs, digest, version or digest[:12])
-        models = {precision: OnnxStepModel(folder, manifest, precision) for precision in graphs}
+        models = {precision: OnnxGreedyModel(folder, manifest, precision) for precision in graphs}
         parity = verify(checkpoint, models, pairs, progress)
         if generate:
             progress("comparing generate.onnx", 0)
@@ -142,6 +143,9 @@ def _write_graphs(
         models = {name: model for name, (model, _) in made.items()}
         single = None if step is None else assemble(models["encoder"], step, checkpoint.config.model)
         contracts = {name: finish(model, contract) for name, (model, contract) in made.items()}
+        models[GREEDY], contracts[GREEDY] = greedy_graph(
+            models["decoder"], contracts["decoder"], len(checkpoint.target)
+        )
         save_graphs(folder / precision, {f"{name}.onnx": model for name, model in models.items()})
         specs[precision] = _specs(precision, contracts)
         if single is not None:

@@ -181,14 +181,14 @@ def _load(model: Path, precision: Precision, threads: int | None) -> tuple[Decod
 
 def _load_bundle(bundle: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
     from export.cpu import available_cpus
-    from export.runtime import OnnxStepModel, RuntimeOptions
+    from export.runtime import OnnxGreedyModel, RuntimeOptions
     from model.tokenizer import Tokenizer
 
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     options = RuntimeOptions(threads=threads or available_cpus())
     decoder = Decoder(
-        OnnxStepModel(bundle, manifest, precision, options),
+        OnnxGreedyModel(bundle, manifest, precision, options),
         Tokenizer.load(bundle / manifest.source_tokenizer),
         Tokenizer.load(bundle / manifest.target_tokenizer),
         manifest.limits.longest_source,

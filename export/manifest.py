@@ -17,7 +17,7 @@ from model.steps import Family
 from model.vocabulary import BEGIN, END, PAD, UNKNOWN
 
 MANIFEST = "bundle.json"
-FORMAT = 2
+FORMAT = 3
 """Version of the bundle's format; a reader refuses any other."""
 
 Precision = Literal["fp32", "int8", "fp16"]
@@ -44,12 +44,16 @@ class TensorSpec(Frozen):
         "wanted",
         "beam_size",
         "longest",
+        "steps",
+        "fewest",
         "length_penalty",
         "memory",
         "state",
         "next_log_probabilities",
         "top_log_probabilities",
         "top_ids",
+        "chosen_ids",
+        "chosen_log_probabilities",
         "log_probabilities",
         "score",
         "encoder_attention",
@@ -90,6 +94,8 @@ class Graphs(Frozen):
     """Source to memory, and encoder attention."""
     decoder: GraphSpec
     """One step over new target positions."""
+    greedy: GraphSpec | None = None
+    """Several greedy steps in one call; who has no use for it need not have it."""
     generate: GraphSpec | None = None
     """The whole search in one file that needs no other, where it was asked for: the server does without it."""
 
@@ -159,7 +165,7 @@ class Provenance(Frozen):
 class Manifest(Frozen):
     """bundle.json."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     """Version of this format."""
     name: str
     """Name of the model."""
@@ -195,7 +201,9 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         named = [self.source_tokenizer, self.target_tokenizer]
-        graphs = [graph for one in self.graphs.values() for graph in (one.encoder, one.decoder, one.generate)]
+        graphs = [
+            graph for one in self.graphs.values() for graph in (one.encoder, one.decoder, one.greedy, one.generate)
+        ]
         named += [graph.file for graph in graphs if graph is not None]
         for path in (*named, *self.files):
             if Path(path).is_absolute() or ".." in Path(path).parts:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch.export import Dim
 from torch.utils._pytree import tree_map_with_path
 
 from export.graph_bytes import OPSET
 from export.graphs import LOG_PROBABILITIES, TOP_INPUT, TOP_OUTPUTS, Exported, wanted_input
 from export.manifest import TensorSpec
-from export.optimise import best_tokens, reads
+from export.optimise import best_tokens, drop_unused, reads
 from model.options import LARGEST_BEAM
 
 WEIGHTS = "weights.bin"
@@ -68,7 +68,8 @@ def finish(model: ModelProto, exported: Exported) -> Exported:
     outputs: list[TensorSpec] = []
     for spec in exported.outputs:
         if spec.name == LOG_PROBABILITIES:
-            _add_top(model, int(spec.axes[-1]))
+            positions = next(one.name for one in exported.inputs if one.role == "target_ids")
+            _add_top(model, int(spec.axes[-1]), positions)
             outputs += TOP_OUTPUTS
         else:
             outputs.append(spec)
@@ -80,18 +81,24 @@ def finish(model: ModelProto, exported: Exported) -> Exported:
     del model.graph.input[:], model.graph.output[:]
     model.graph.input.extend(map(value_info, inputs))
     model.graph.output.extend(map(value_info, outputs))
+    drop_unused(model.graph)
     return exported._replace(inputs=inputs, outputs=tuple(outputs))
 
 
-def _add_top(model: ModelProto, vocabulary: int) -> None:
+def _add_top(model: ModelProto, vocabulary: int, positions: str) -> None:
+    """Find the best tokens of each row; `positions` is an input [batch query]."""
     rows, best = "log_probability_rows", [f"{spec.name}_rows" for spec in TOP_OUTPUTS]
-    everything = numpy_helper.from_array(np.array([-1, vocabulary]), "vocabulary_rows")
-    model.graph.initializer.append(everything)
+    maker = next(node for node in model.graph.node if LOG_PROBABILITIES in node.output)
+    if maker.op_type == "Reshape":  # they were rows before
+        rows = maker.input[0]
+    else:
+        everything = numpy_helper.from_array(np.array([-1, vocabulary]), "vocabulary_rows")
+        model.graph.initializer.append(everything)
+        model.graph.node.append(helper.make_node("Reshape", [LOG_PROBABILITIES, everything.name], [rows]))
     model.graph.node.extend(
         [
-            helper.make_node("Reshape", [LOG_PROBABILITIES, everything.name], [rows]),
             *best_tokens(rows, TOP_INPUT.name, best, vocabulary),
-            helper.make_node("Shape", [LOG_PROBABILITIES], ["batch_query"], start=0, end=2),
+            helper.make_node("Shape", [positions], ["batch_query"]),
             helper.make_node("Concat", ["batch_query", TOP_INPUT.name], ["batch_query_top"], axis=0),
         ]
     )
@@ -103,18 +110,22 @@ def _add_switch(model: ModelProto, spec: TensorSpec) -> None:
     """Put everything that only this output needs into one branch of an If; the other makes an empty tensor."""
     graph = model.graph
     alone = needed_alone(graph, spec.name)
+    moved = {name for node in alone for name in node.output}
+    kept = [node for node in graph.node if not moved & set(node.output)]
+    del graph.node[:]
+    graph.node.extend([*kept, switch(spec, alone)])
+
+
+def switch(spec: TensorSpec, nodes: Sequence[NodeProto]) -> NodeProto:
+    """An If that runs the nodes which make an output where it is wanted, and else makes an empty one."""
     output = helper.make_tensor_value_info(spec.name, _DTYPES[spec.dtype], [None] * len(spec.axes))
     nothing = helper.make_tensor("nothing", _DTYPES[spec.dtype], [0] * len(spec.axes), [])
     empty = helper.make_node("Constant", [], [spec.name], value=nothing)
     branches: dict[str, Any] = {
-        "then_branch": helper.make_graph(alone, f"{spec.name}_wanted", [], [output]),
+        "then_branch": helper.make_graph(nodes, f"{spec.name}_wanted", [], [output]),
         "else_branch": helper.make_graph([empty], f"{spec.name}_not_wanted", [], [output]),
     }
-    moved = {name for node in alone for name in node.output}
-    kept = [node for node in graph.node if not moved & set(node.output)]
-    kept.append(helper.make_node("If", [wanted_input(spec).name], [spec.name], f"switch_{spec.name}", **branches))
-    del graph.node[:]
-    graph.node.extend(kept)
+    return helper.make_node("If", [wanted_input(spec).name], [spec.name], f"switch_{spec.name}", **branches)
 
 
 def needed_alone(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:

@@ -232,15 +232,13 @@ def fold_scales(graph: GraphProto) -> None:
         factor = values.get(node.input[1]) if node.op_type == "Mul" else None
         if factor is None or math.prod(factor.dims) != 1:
             continue
-        source = node.input[0]
-        while readers[source] == 1 and source in makers and makers[source].op_type in ("Transpose", "Reshape"):
-            source = makers[source].input[0]
-        made, part, parts = source, 0, 1
+        source, part, parts = _before_heads(node.input[0], makers, readers), 0, 1
         split = makers.get(source)
-        if split is not None and split.op_type == "Split" and len(split.input) == 1:
-            made, part, parts = split.input[0], list(split.output).index(source), len(split.output)
-        maker = makers.get(made)
-        if maker is None or maker.op_type != "Gemm" or readers[source] != 1 or readers[made] != 1:
+        if split is not None and split.op_type == "Split" and len(split.input) == 1 and readers[source] == 1:
+            part, parts = list(split.output).index(source), len(split.output)
+            source = _before_heads(split.input[0], makers, readers)
+        maker = makers.get(source)
+        if maker is None or maker.op_type != "Gemm" or readers[source] != 1:
             continue
         for index in (1, 2):
             before = numpy_helper.to_array(values[maker.input[index]])
@@ -256,6 +254,13 @@ def fold_scales(graph: GraphProto) -> None:
         node.input[:] = [gone.get(name, name) for name in node.input]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _before_heads(name: str, makers: Mapping[str, NodeProto], readers: Mapping[str, int]) -> str:
+    """What a tensor was before it was cut into heads, if nothing else reads it on the way."""
+    while readers[name] == 1 and name in makers and makers[name].op_type in ("Transpose", "Reshape"):
+        name = makers[name].input[0]
+    return name
 
 
 def best_tokens(values: str, top: str, outputs: Sequence[str], vocabulary: int) -> list[NodeProto]:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from jaxtyping import Bool, Int
 
 from export.manifest import BundleError, Graphs, GraphSpec, Manifest, Precision, TensorSpec
-from model.steps import Array, Family, Kept, Memory, Question, Step
+from model.steps import Array, Family, GreedySteps, Kept, Memory, Question, Step
 
 LOG_ERRORS = 3
 """ONNX Runtime's log level: its warnings about graphs that are fine would otherwise fill the log."""
@@ -63,6 +63,10 @@ class RuntimeOptions:
 
 SMALL_OUTPUTS = ("top_log_probabilities", "top_ids", "next_log_probabilities")
 """What every step returns, wherever the rest of it stays."""
+
+
+CHOSEN = ("chosen_ids", "chosen_log_probabilities")
+"""What several steps always return."""
 
 
 class OnnxStepModel:
@@ -167,9 +171,7 @@ class OnnxStepModel:
             "want_cross_attention": np.array("cross" in families),
             "want_decoder_attention": np.array("decoder" in families),
         }
-        for specs, tensors in ((self.memory_specs, question.memory.tensors), (self.state_specs, question.state)):
-            feeds |= {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
-        return names, feeds
+        return names, feeds | self._kept(question)
 
     def as_step(self, found: Mapping[str, Any]) -> Step:
         """What the decoder returned."""
@@ -180,6 +182,11 @@ class OnnxStepModel:
             state=tuple(found[name] for name in self.next_names),
         )
 
+    def _kept(self, question: Question) -> dict[str, Any]:
+        """Memory and state by the names of the graphs' inputs."""
+        specs, tensors = [*self.memory_specs, *self.state_specs], [*question.memory.tensors, *question.state]
+        return {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+
     def _session(self, bundle: Path, graph: GraphSpec) -> ort.InferenceSession:
         path = str(bundle / graph.file)
         try:
@@ -188,6 +195,50 @@ class OnnxStepModel:
             raise BundleError(f"{path}: ONNX Runtime cannot load it: {error}") from error
         _check_signature(graph, session)
         return session
+
+
+class OnnxGreedyModel(OnnxStepModel):
+    """The same, and the graph that takes several greedy steps in one call; it holds the decoder's weights once more.
+
+    Args:
+        bundle: folder of the bundle, its files already checked.
+        manifest: its description.
+        precision: which graphs.
+        options: how to run them.
+
+    Raises:
+        BundleError: the bundle has no such precision or no such graph, or its graphs are not what the manifest says.
+    """
+
+    def __init__(
+        self, bundle: Path, manifest: Manifest, precision: Precision, options: RuntimeOptions | None = None
+    ) -> None:
+        super().__init__(bundle, manifest, precision, options)
+        if self.graphs.greedy is None:
+            raise BundleError(f"{bundle}: {precision} has no graph for several steps: export the model again")
+        self._greedy = self._session(bundle, self.graphs.greedy)
+
+    def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
+        """See `StepsAhead.greedy`."""
+        _check_ids("target_ids", question.target_ids, self.vocabulary)
+        wanted = "cross" in question.attention
+        names = [*CHOSEN, *self.next_names, *(["cross_attention"] if wanted else [])]
+        feeds: dict[str, Any] = {
+            "target_ids": question.target_ids,
+            "positions": question.positions,
+            "past_visible": question.past_visible,
+            "source_mask": question.memory.source_mask,
+            "steps": np.array(steps),
+            "fewest": np.array(fewest),
+            "want_cross_attention": np.array(wanted),
+        }
+        found = dict(zip(names, self._greedy.run(names, feeds | self._kept(question)), strict=True))
+        return GreedySteps(
+            ids=found["chosen_ids"],
+            log_probabilities=found["chosen_log_probabilities"],
+            cross_attention=found.get("cross_attention"),
+            state=tuple(found[name] for name in self.next_names),
+        )
 
 
 def _check_ids(name: str, ids: Array, vocabulary: int) -> None:

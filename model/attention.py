@@ -117,8 +117,8 @@ class SelfAttention(Attention):
         self, x: Float[Tensor, "batch position d_model"]
     ) -> tuple[Float[Tensor, "batch head position width"], KeyValue]:
         """Queries, and keys and values, of each position."""
-        query, key, value = self.query_key_value(x).chunk(3, -1)
-        return split_heads(query, self.heads), KeyValue(split_heads(key, self.heads), split_heads(value, self.heads))
+        query, key, value = split_heads(self.query_key_value(x), 3 * self.heads).chunk(3, 1)
+        return query, KeyValue(key, value)
 
 
 class CrossAttention(Attention):
@@ -135,8 +135,7 @@ class CrossAttention(Attention):
 
     def project_memory(self, encoded: Float[Tensor, "batch source d_model"]) -> KeyValue:
         """Keys and values of the source positions."""
-        key, value = self.key_value(encoded).chunk(2, -1)
-        return KeyValue(split_heads(key, self.heads), split_heads(value, self.heads))
+        return KeyValue(*split_heads(self.key_value(encoded), 2 * self.heads).chunk(2, 1))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from model.steps import NO_FAMILIES, Family, Memory, Question, Step, StepModel
+from model.steps import NO_FAMILIES, Family, GreedySteps, Memory, Question, Step, StepModel, StepsAhead
 from model.store import ArrayStore, Store, larger
 
 SMALLEST_RING = 16
@@ -114,8 +114,7 @@ class Grid:
                 new position of every row: see `columns`.
         """
         count, width = self.count, self.width
-        if int(self.age.max()) >= self.ring:
-            self._resize(_rounded(int(self.age.max()) + 1 + self.ring // 2, SMALLEST_RING))
+        self._have_room()
         visible = self._visible[:count]
         if width > 1:
             visible[:] = np.take_along_axis(visible, parents[:, :, None, None], 1)
@@ -138,6 +137,50 @@ class Grid:
         self.age = self.age + 1
         self.clock += 1
         return step
+
+    def greedy(
+        self,
+        model: StepsAhead,
+        tokens: Int[np.ndarray, "sentence 1"],
+        steps: int,
+        fewest: int,
+        attention: frozenset[Family] = NO_FAMILIES,
+    ) -> GreedySteps:
+        """Let every sentence read a token and go on by itself, where each has one row.
+
+        Args:
+            model: this grid's own, which can.
+            tokens: what each reads first.
+            steps: most steps to take; fewer are taken where the ring comes round or is full.
+            fewest: stop once no more sentences than this are without an end token.
+            attention: families to return.
+        """
+        count, oldest = self.count, int(self.age.max())
+        self._have_room()
+        column, first = self.clock % self.ring, (self.clock - oldest) % self.ring
+        seen = slice(first, max(column, first + 1)) if first <= column else slice(None)
+        visible = self._visible[:count]
+        question = Question(
+            target_ids=tokens,
+            positions=self.age[:, None],
+            new_visible=np.broadcast_to(self._among, (count, 1, 1)),
+            past_visible=visible[:, :, seen, 0],
+            next_ids=tokens,
+            top=1,
+            memory=Memory(self._store.memory(), self._mask[:count]),
+            state=tuple(
+                tensor[(slice(None), *(seen if size == "past" else slice(None) for size in kept))]
+                for tensor, kept in zip(self._store.state(np.zeros_like(tokens)), self._model.state, strict=True)
+            ),
+            attention=attention - {"encoder"},
+        )
+        made = model.greedy(question, min(steps, self.ring - max(column, oldest)), fewest)
+        taken = len(made.ids)
+        self._store.write(made.state, column)
+        visible[:, :, column : column + taken] = True
+        self.age = self.age + taken
+        self.clock += taken
+        return made
 
     def columns(
         self, rows: Int[np.ndarray, "sentence row time"], ages: Int[np.ndarray, " sentence"]
@@ -197,6 +240,12 @@ class Grid:
             self._store.narrow(source)
         if 2 * ring <= self.ring:
             self._resize(ring)
+
+    def _have_room(self) -> None:
+        """For one more column that nobody still sees."""
+        age = int(self.age.max())
+        if age >= self.ring:
+            self._resize(_rounded(age + 1 + self.ring // 2, SMALLEST_RING))
 
     def _resize(self, ring: int) -> None:
         """Lay the newest columns out anew in a larger or smaller ring."""

@@ -24,13 +24,32 @@ from model.hypotheses import Chain, Hypothesis, Node
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.reading import read
 from model.sentence import Sentence
-from model.steps import ALL_FAMILIES, NO_FAMILIES, Array, Family, Memory, Question, Step, StepModel, causal, pad
+from model.steps import (
+    ALL_FAMILIES,
+    NO_FAMILIES,
+    Array,
+    Family,
+    Memory,
+    Question,
+    Step,
+    StepModel,
+    StepsAhead,
+    causal,
+    pad,
+)
+from model.store import larger
 from model.vocabulary import BEGIN, END
 
 __all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "SearchOptions", "Sentence", "score", "search"]
 
 SHORTEST_HISTORY = 32
 """Tokens that histories have room for to begin with."""
+
+LEAVE_TOGETHER = 8
+"""Of so many sentences that take several steps in one call, one may have to wait for the others' last ones."""
+
+STEPS_AHEAD = 16
+"""Most steps that `search` takes in one call."""
 
 
 class Decoding:
@@ -48,6 +67,7 @@ class Decoding:
         self.sentences: list[Sentence] = []
         self._model, self._width = model, beam_size
         self._grid = Grid(model, beam_size)
+        self._ahead = model if beam_size == 1 and isinstance(model, StepsAhead) else None
         self._tokens = np.zeros((0, beam_size), np.int64)
         self._parents = np.zeros((0, beam_size), np.int64)
         self._totals = np.zeros((0, beam_size))
@@ -61,9 +81,9 @@ class Decoding:
         return len(self.sentences) * self._width
 
     @property
-    def width(self) -> int:
-        """Rows of each sentence."""
-        return self._width
+    def clock(self) -> int:
+        """Steps taken since it was last empty."""
+        return self._grid.clock
 
     def join(
         self,
@@ -109,33 +129,24 @@ class Decoding:
         self._make_room(len(joined))
         return joined
 
-    def step(self) -> list[Sentence]:
+    def step(self, most: int = 1) -> list[Sentence]:
         """One decoder step for every sentence; those that are done leave. Returns all that took part.
+
+        Args:
+            most: take up to so many steps, if the model can take them by itself and nothing is to be decided between
+                them. They end early when an eighth of the sentences, or the only one, has come to its end.
 
         Raises:
             NotANumberError: the model gave NaN for what can still become an answer. This decoding is of no use then.
         """
         advanced = list(self.sentences)
         special = [sentence for sentence in advanced if not sentence.constraints.idle]
-        next_ids = np.zeros_like(self._tokens)
-        for sentence in special:
-            next_ids[sentence.place, 0] = sentence.constraints.forced(sentence.age) or 0
-        top = max(sentence.constraints.candidates(sentence.age) for sentence in special or advanced[:1])
         needed = NO_FAMILIES.union(*(sentence.needed for sentence in advanced))
-        step = self._grid.step(self._tokens, self._parents, next_ids, top, needed)
-        if needed:
-            self._look(advanced, step)
-        values, ids = step.top_log_probabilities.astype(np.float64), step.top_ids
-        self._refuse_no_numbers(values, step.next_log_probabilities)
-        rule_out_unwritable(values, ids)
-        for sentence in special:
-            place, age = sentence.place, sentence.age
-            forced = float(step.next_log_probabilities[place, 0])
-            sentence.constraints.apply(self._read[place, :, :age], values[place], ids[place], forced)
-        if self._width == 1:
-            self._choose_one(values[:, 0], ids[:, 0])
+        most = min([most, *(sentence.options.longest - sentence.age for sentence in advanced)])
+        if most > 1 and self._ahead is not None and not special and "decoder" not in needed:
+            self._step_ahead(self._ahead, most, needed)
         else:
-            self._choose(values, ids)
+            self._step_once(special, needed)
         self.leave([sentence for sentence in advanced if sentence.done])
         return advanced
 
@@ -156,6 +167,28 @@ class Decoding:
         live = [] if sentence.done else self._live(sentence)
         return sentence.settle(live)
 
+    def _step_once(self, special: Sequence[Sentence], needed: frozenset[Family]) -> None:
+        """One step, of which sentences with options of their own are taken aside."""
+        next_ids = np.zeros_like(self._tokens)
+        for sentence in special:
+            next_ids[sentence.place, 0] = sentence.constraints.forced(sentence.age) or 0
+        top = max(sentence.constraints.candidates(sentence.age) for sentence in special or self.sentences[:1])
+        step = self._grid.step(self._tokens, self._parents, next_ids, top, needed)
+        if needed:
+            self._look(self.sentences, step)
+        values, ids = step.top_log_probabilities.astype(np.float64), step.top_ids
+        # One NaN among the scores makes every log-probability of its row NaN, so what is returned of it suffices.
+        self._refuse_no_numbers((values < np.inf).all(2) & (step.next_log_probabilities < np.inf))
+        rule_out_unwritable(values, ids)
+        for sentence in special:
+            place, age = sentence.place, sentence.age
+            forced = float(step.next_log_probabilities[place, 0])
+            sentence.constraints.apply(self._read[place, :, :age], values[place], ids[place], forced)
+        if self._width == 1:
+            self._choose_one(values[:, 0], ids[:, 0])
+        else:
+            self._choose(values, ids)
+
     def _look(self, sentences: Sequence[Sentence], step: Step) -> None:
         decoder = step.decoder_attention
         if decoder is not None:
@@ -165,11 +198,8 @@ class Decoding:
         for sentence in sentences:
             sentence.look(step.cross_attention, decoder)
 
-    def _refuse_no_numbers(
-        self, values: Float[np.ndarray, "sentence row top"], following: Float[np.ndarray, "sentence row"]
-    ) -> None:
-        # One NaN among the scores makes every log-probability of its row NaN, so what is returned of it suffices.
-        unknown = (~(values < np.inf).all(2) | ~(following < np.inf)) & (self._totals > -np.inf)
+    def _refuse_no_numbers(self, numbers: Bool[np.ndarray, "sentence row"]) -> None:
+        unknown = ~numbers & (self._totals > -np.inf)
         if unknown.any():
             place = int(unknown.any(1).argmax())
             raise NotANumberError(
@@ -192,19 +222,47 @@ class Decoding:
             float(self._totals[place, row]),
         )
 
+    def _step_ahead(self, model: StepsAhead, most: int, needed: frozenset[Family]) -> None:
+        """Several greedy steps in one call."""
+        sentences = self.sentences
+        fewest = len(sentences) - max(1, len(sentences) // LEAVE_TOGETHER)
+        made = self._grid.greedy(model, self._tokens, most, fewest, needed)
+        ids, values = made.ids.T, made.log_probabilities.T.astype(np.float64)
+        ended = ids == END
+        taken = np.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])
+        values[np.arange(ids.shape[1]) >= taken[:, None]] = 0.0  # what came after an end token means nothing
+        self._refuse_no_numbers(np.all(values < np.inf, axis=1, keepdims=True))
+        if made.cross_attention is not None:
+            for sentence, steps in zip(sentences, taken.tolist(), strict=True):
+                sentence.look_ahead(made.cross_attention, steps)
+        self._take(ids, values, taken)
+
     def _choose_one(self, values: Float[np.ndarray, "sentence top"], ids: Int[np.ndarray, "sentence top"]) -> None:
         places = np.arange(len(values))
         best = values.argmax(1)
-        tokens, chosen = ids[places, best], values[places, best]
-        self._totals[:, 0] += chosen
-        self._write(tokens[:, None], chosen[:, None], np.zeros((len(values), 1), np.int64))
-        self._tokens = tokens[:, None]
-        for sentence, token, value in zip(self.sentences, tokens.tolist(), chosen.tolist(), strict=True):
-            sentence.age += 1
-            if value == -math.inf:
+        self._take(ids[places, best][:, None], values[places, best][:, None], np.ones(len(values), np.int64))
+
+    def _take(
+        self,
+        ids: Int[np.ndarray, "sentence step"],
+        values: Float[np.ndarray, "sentence step"],
+        taken: Int[np.ndarray, " sentence"],
+    ) -> None:
+        """Let the one row of each sentence go on by the first so many tokens."""
+        for column in values.T:  # one after the other: a sum must not depend on how many were taken at a time
+            self._totals[:, 0] += column
+        ages = np.array([sentence.age for sentence in self.sentences])
+        self._make_longer(int(ages.max()) + ids.shape[1])
+        places, times = np.arange(len(ids))[:, None], ages[:, None] + np.arange(ids.shape[1])
+        self._read[places, 0, times], self._values[places, 0, times] = ids, values
+        self._tokens = ids[:, -1:]
+        rows = zip(self.sentences, taken.tolist(), self._totals[:, 0].tolist(), strict=True)
+        for place, (sentence, count, total) in enumerate(rows):
+            sentence.age += count
+            if total == -math.inf:
                 sentence.fail()
-            elif token == END or sentence.age == sentence.options.longest:
-                sentence.finish(self._chain(sentence.place, 0))
+            elif ids[place, count - 1] == END or sentence.age == sentence.options.longest:
+                sentence.finish(self._chain(place, 0))
                 sentence.done = True
 
     def _choose(self, values: Float[np.ndarray, "sentence row top"], ids: Int[np.ndarray, "sentence row top"]) -> None:
@@ -270,13 +328,17 @@ class Decoding:
         rows: Int[np.ndarray, "sentence row"],
     ) -> None:
         ages = np.array([sentence.age for sentence in self.sentences])
-        if ages.max() >= self._read.shape[2]:
-            self._read = _twice_as_long(self._read)
-            self._values = _twice_as_long(self._values)
-            self._rows = _twice_as_long(self._rows)
+        self._make_longer(int(ages.max()) + 1)
         places = np.arange(len(ages))
         for history, new in ((self._read, tokens), (self._values, values), (self._rows, rows)):
             history[places, :, ages] = new
+
+    def _make_longer(self, tokens: int) -> None:
+        if tokens > self._read.shape[2]:
+            shape = (*self._read.shape[:2], 2 * tokens)
+            self._read, self._values, self._rows = (
+                larger(history, shape) for history in (self._read, self._values, self._rows)
+            )
 
     def _make_room(self, joined: int) -> None:
         def longer(array: Array, value: float) -> Array:
@@ -292,10 +354,6 @@ class Decoding:
     def _keep(self, places: Int[np.ndarray, " kept"]) -> None:
         self._tokens, self._parents, self._totals = self._tokens[places], self._parents[places], self._totals[places]
         self._read, self._values, self._rows = self._read[places], self._values[places], self._rows[places]
-
-
-def _twice_as_long(history: Array) -> Array:
-    return np.concatenate((history, np.zeros_like(history)), 2)
 
 
 def search(
@@ -323,7 +381,7 @@ def search(
     memory = read(model, sources)
     sentences = decoding.join(memory, range(len(sources)), options, [attention] * len(sources))
     while decoding.sentences:
-        decoding.step()
+        decoding.step(STEPS_AHEAD)
     return [sentence.results() for sentence in sentences]
 
 

@@ -63,6 +63,12 @@ class Sentence:
         if own_cross is not None or own_decoder is not None:
             self._trail.append(Glimpse(own_cross, own_decoder))
 
+    def look_ahead(self, cross: Float[np.ndarray, "sentence layer head step source"], steps: int) -> None:
+        """Keep what its one row looked at in several steps, if that is needed."""
+        if "cross" in self.needed:
+            own = cross[self.place, ..., :steps, : self._source_length].copy()
+            self._trail += [Glimpse(own[:, :, t : t + 1], None) for t in range(steps)]
+
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""
         self._finished.append((chain.score(self.options, self._trail), chain))

@@ -6,7 +6,7 @@ sentence. `model.grid` keeps them between steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -78,6 +78,20 @@ class Step:
     """What is to be remembered of the new positions: arrays where the question had arrays."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GreedySteps:
+    """What a step model says that took several steps by itself."""
+
+    ids: Int[np.ndarray, "step batch"]
+    """The likeliest token of each step, which the next one read; after an end token they mean nothing."""
+    log_probabilities: Float[np.ndarray, "step batch"]
+    """Their log-probabilities: NaN where the network gave no numbers."""
+    cross_attention: Float[np.ndarray, "batch layer head step source"] | None
+    """Attention of each step to the source, where it was asked for."""
+    state: tuple[Any, ...] = field(repr=False)
+    """What is to be remembered of them all: "past" has one entry for each step."""
+
+
 class StepModel(Protocol):
     """A network that decodes step by step: PyTorch's or ONNX Runtime's."""
 
@@ -112,6 +126,21 @@ class StepModel(Protocol):
 
     def step(self, question: Question) -> Step:
         """Read new tokens."""
+        ...
+
+
+@runtime_checkable
+class StepsAhead(Protocol):
+    """A step model that can take several greedy steps in one call."""
+
+    def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
+        """Read new tokens, one a sentence, and go on from them.
+
+        Args:
+            question: the first step, of one row a sentence. Candidates and decoder attention are not to be had.
+            steps: most steps to take.
+            fewest: stop once no more sentences than this are without an end token.
+        """
         ...
 
 

@@ -57,7 +57,10 @@ class Store(Protocol):
         ...
 
     def write(self, news: Sequence[Any], column: int) -> None:
-        """Keep what a step says is to be remembered: in a column of the ring, or in place of what was."""
+        """Keep what a step says is to be remembered: in a column of the ring, or in place of what was.
+
+        What several steps say goes into as many columns from there on, if they fit before the ring's end.
+        """
         ...
 
 
@@ -139,9 +142,10 @@ class ArrayStore:
 
     def write(self, news: Sequence[Array], column: int) -> None:
         """See `Store.write`."""
-        place = slice(column * self._width, (column + 1) * self._width)
+        first = column * self._width
         for tensor, new, kept in zip(self._state, news, self._model.state, strict=True):
             if "past" in kept:
+                place = slice(first, first + new.shape[1 + kept.index("past")])
                 tensor[(slice(self._count), *(place if size == "past" else slice(None) for size in kept))] = new
             else:
                 tensor[: self._count] = new

@@ -7,6 +7,7 @@ sentences join between steps    finished, cancelled, expired ones leave
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 
 from model.errors import InvalidRequestError
 from model.reading import read
-from model.search import Decoding, Hypothesis, Sentence, score
+from model.search import STEPS_AHEAD, Decoding, Hypothesis, Sentence, score
 from model.steps import Family, Memory, StepModel
 from serve.errors import EngineError, ExpiredError
 from serve.jobs import Decoded, EngineLimits, Ticket
@@ -97,7 +98,7 @@ class Batcher:
         tickets: Sequence[Ticket],
         begun: Sequence[Decoded],
     ) -> None:
-        lane = self._lanes.setdefault(width, Lane(self._model, width))
+        lane = self._lanes.setdefault(width, Lane(self._model, width, self._limits.call_seconds))
         try:
             lane.join(memory, indices, tickets, begun)
         except Exception:
@@ -106,7 +107,7 @@ class Batcher:
             del self._lanes[width]
 
     def step(self) -> None:
-        """One decoder step for everything that is under way."""
+        """One decoder step, or a few, for everything that is under way."""
         for width, lane in list(self._lanes.items()):
             try:
                 lane.drop_unwanted()
@@ -127,10 +128,12 @@ class Lane:
     Args:
         model: what computes the steps.
         width: the beam size.
+        call_seconds: see `EngineLimits`.
     """
 
-    def __init__(self, model: StepModel, width: int) -> None:
+    def __init__(self, model: StepModel, width: int, call_seconds: float) -> None:
         self.decoding = Decoding(model, width)
+        self._call_seconds, self._most = call_seconds, 1
         self._under_way: dict[Sentence, tuple[Ticket, Decoded]] = {}
 
     @property
@@ -176,8 +179,12 @@ class Lane:
             del self._under_way[sentence]
 
     def step(self) -> None:
-        """One step; what is ready is handed over."""
-        for sentence in self.decoding.step():
+        """One step, or as many as fit into one short call; what is ready is handed over."""
+        started, clock = time.perf_counter(), self.decoding.clock
+        stepped = self.decoding.step(self._most)
+        pace = (time.perf_counter() - started) / (self.decoding.clock - clock)
+        self._most = max(1, min(STEPS_AHEAD, int(self._call_seconds / pace)))
+        for sentence in stepped:
             ticket, begun = self._under_way[sentence]
             if ticket.job.on_settled is not None:
                 self._tell(ticket, begun, sentence)

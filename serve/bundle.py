@@ -10,7 +10,7 @@ import onnxruntime as ort
 from export.cpu import available_cpus
 from export.manifest import BundleError, Manifest, Precision, check_files, read_manifest
 from export.resident import ResidentStepModel
-from export.runtime import CUDA, PROVIDERS, OnnxStepModel, RuntimeOptions
+from export.runtime import CUDA, PROVIDERS, OnnxGreedyModel, OnnxStepModel, RuntimeOptions
 from model.errors import InvalidRequestError, NotANumberError
 from model.search import SearchOptions, search
 from model.steps import StepModel
@@ -65,7 +65,7 @@ def load_model(
     chosen = choose_provider(provider)
     options = RuntimeOptions(providers=PROVIDERS[chosen], threads=count)
     found = precision or default_precision(manifest, chosen)
-    graphs = OnnxStepModel(bundle, manifest, found, options)
+    graphs = (OnnxStepModel if chosen == "cuda" else OnnxGreedyModel)(bundle, manifest, found, options)
     if PROVIDERS[chosen][0] not in graphs.providers:
         if provider == "auto":
             return load_model(bundle, provider="cpu", precision=precision, threads=threads)
@@ -114,9 +114,11 @@ def warm_up(model: ServedModel) -> None:
     """
     longest = min(4, model.manifest.limits.longest_target)
     try:
-        found = search(model.steps, [[END]], [SearchOptions(longest=longest, beam_size=2)])
+        answers = [
+            search(model.steps, [[END]], [SearchOptions(longest=longest, beam_size=width)])[0][0] for width in (1, 2)
+        ]
     except (InvalidRequestError, NotANumberError) as error:  # without constraints, only infinity rules everything out
         raise BundleError(f"{model.manifest.name}: the warm-up gave log-probabilities that are no numbers") from error
-    values = np.array(found[0][0].log_probabilities)
+    values = np.concatenate([answer.log_probabilities for answer in answers])
     if not np.all(np.isfinite(values) & (values <= 1e-5)):
         raise BundleError(f"{model.manifest.name}: the warm-up gave log-probabilities {values.tolist()}")

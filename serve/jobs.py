@@ -90,6 +90,8 @@ class EngineLimits:
     """Most weights of one attention head, of any one family, kept for answers under way, or computed at a time for
     targets that are scored: rows times the square of the longer side so far, for requests that asked for any. Answers
     that grow beyond it keep what they have, but no more are let in; a single request may have more."""
+    call_seconds: float = 0.004
+    """Several steps are taken in one call as long as it ends in this time; joining and leaving wait for it."""
 
 
 @dataclass(eq=False)

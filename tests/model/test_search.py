@@ -124,7 +124,7 @@ def test_finished_sentences_leave_the_batch(beam_size: int) -> None:
     joined = running.join(model.encode(*pad(SOURCES)), range(5), chosen)
     advanced = []
     while running.sentences:
-        assert running.rows == len(running.sentences) * running.width
+        assert running.rows == len(running.sentences) * beam_size
         advanced.append({joined.index(sentence) for sentence in running.step()})
     assert advanced == [{0, 1, 2, 3, 4}, {1, 2, 3, 4}, {1, 3, 4}, {1, 3}, {1, 3}]
     assert model.widths == [5, 4, 3, 2, 2]
