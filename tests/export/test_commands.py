@@ -221,5 +221,5 @@ def test_a_bundle_of_format_1_is_refused_with_the_way_out(reversal: Reversal, tm
     values = json.loads(reversal.manifest.model_dump_json()) | {"format": 1}
     (tmp_path / "bundle.json").write_text(json.dumps(values), encoding="utf-8")
     name, *options = command.split()
-    with pytest.raises(BundleError, match=r"bundle\.json: format 1, this version reads 2: export the model again$"):
+    with pytest.raises(BundleError, match=r"bundle\.json: format 1, this version reads 3: export the model again$"):
         run(name, tmp_path, *options)

@@ -65,10 +65,10 @@ WRONG: dict[str, tuple[Callable[[Values], object], str]] = {
         r"graphs\.fp8\.\[key\]: Input should be",
     ),
     "unknown family": (lambda v: v["attention"].update(sideways={"layers": 1, "heads": 1}), r"attention\.sideways"),
-    "older format": (lambda v: v.update(format=0), "format 0, this version reads 2: export the model again"),
-    "newer format": (lambda v: v.update(format=3, new={}), "format 3, this version reads 2: export the model again"),
-    "no format": (lambda v: v.pop("format"), "format None, this version reads 2: export the model again"),
-    "format 1": (format_1, "format 1, this version reads 2: export the model again"),
+    "older format": (lambda v: v.update(format=0), "format 0, this version reads 3: export the model again"),
+    "newer format": (lambda v: v.update(format=4, new={}), "format 4, this version reads 3: export the model again"),
+    "no format": (lambda v: v.pop("format"), "format None, this version reads 3: export the model again"),
+    "format 1": (format_1, "format 1, this version reads 3: export the model again"),
     "roles of format 1": (
         in_rows,
         r"graphs\.fp32\.decoder\.inputs\.2\.role: Input should be 'source_ids', .* \(got 'state_rows'\)",
@@ -110,7 +110,7 @@ def test_a_manifest_that_breaks_the_schema_is_refused(bundle: Path, what: str) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 2, "name": "x', "not JSON: Unterminated string"),
+        ('{"format": 3, "name": "x', "not JSON: Unterminated string"),
         ("", "not JSON: Expecting value"),
         (b'{"name": "\xff"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
         ("[1]", "config: Input should be a valid dictionary"),

@@ -8,11 +8,12 @@ number that only this prefix has.
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
-from model.steps import Array, Kept, Memory, Question, Step
+from model.steps import Array, GreedySteps, Kept, Memory, Question, Step, StepModel
 from model.vocabulary import BEGIN, END, PAD
 
 Prefix = tuple[int, ...]
@@ -175,6 +176,65 @@ class RowModel(SeedModel):
                 read[sentence, index, : len(prefix)] = prefix
                 counts[sentence, 0, index] = len(prefix)
         return read, counts
+
+
+class SeedAhead(SeedModel):
+    """A seed's language, several steps at a time; remembers how many it took each time."""
+
+    def __init__(self, words: int, seed: int = 0, end: float = 0.0) -> None:
+        super().__init__(words, seed, end)
+        self.taken: list[int] = []
+
+    def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
+        made = one_by_one(self, question, steps, fewest)
+        self.taken.append(len(made.ids))
+        return made
+
+
+class RowAhead(RowModel):
+    """The same of what keeps rows."""
+
+    def __init__(self, words: int, seed: int = 0, end: float = 0.0) -> None:
+        super().__init__(words, seed, end)
+        self.taken: list[int] = []
+
+    def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
+        made = one_by_one(self, question, steps, fewest)
+        self.taken.append(len(made.ids))
+        return made
+
+
+def one_by_one(model: StepModel, question: Question, steps: int, fewest: int) -> GreedySteps:
+    """Several greedy steps, spelled out."""
+    batch, before = len(question.target_ids), question.past_visible.shape[2]
+    live, columns = np.ones(batch, bool), question.state
+    made: list[tuple[Array, Array, Array | None]] = []
+    now = replace(question, new_visible=np.ones((batch, 1, 1), bool), next_ids=np.zeros((batch, 1), np.int64), top=3)
+    while len(made) < steps and (not made or live.sum() > fewest):
+        step = model.step(now)
+        values = np.where(np.isin(step.top_ids, [PAD, BEGIN]), -np.inf, step.top_log_probabilities)[:, 0]
+        best = values.argmax(1)[:, None]
+        ids, chosen = (np.take_along_axis(array, best, 1) for array in (step.top_ids[:, 0], values))
+        made.append((ids[:, 0], chosen[:, 0], step.cross_attention))
+        columns = tuple(
+            np.concatenate((old, new), 1 + kept.index("past")) if "past" in kept else new
+            for old, new, kept in zip(columns, step.state, model.state, strict=True)
+        )
+        visible = np.concatenate((now.past_visible, now.new_visible), 2)
+        now = replace(now, target_ids=ids, positions=now.positions + 1, past_visible=visible, state=columns)
+        live &= ids[:, 0] != END
+    all_ids, all_values, looks = zip(*made, strict=True)
+    return GreedySteps(
+        ids=np.array(all_ids),
+        log_probabilities=np.array(all_values),
+        cross_attention=np.concatenate(looks, 3) if looks[0] is not None else None,
+        state=tuple(
+            np.moveaxis(np.moveaxis(tensor, 1 + kept.index("past"), 0)[before:], 0, 1 + kept.index("past"))
+            if "past" in kept
+            else tensor
+            for tensor, kept in zip(columns, model.state, strict=True)
+        ),
+    )
 
 
 def stamp(prefix: Sequence[int]) -> float:

@@ -162,6 +162,7 @@ def without_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build for GPUs on a machine without one."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(serving_bundle, "OnnxStepModel", Fallen)
+    monkeypatch.setattr(serving_bundle, "OnnxGreedyModel", Fallen)
 
 
 @pytest.mark.usefixtures("without_device")
