@@ -9,10 +9,10 @@ the finished decoder of any architecture and precision, put in by the roles of i
 the decoder's own.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper, parser
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
 
 from export.graph_bytes import OPSET
 from export.graphs import Exported
@@ -26,8 +26,14 @@ from model.vocabulary import END
 GREEDY = "greedy"
 """Name of the graph."""
 
-KEPT = ("target_ids", "positions", "past_visible", "source_mask", "memory", "state")
+KEPT = ("target_ids", "positions", "past_visible", "source_mask", "memory", "state", "wanted")
 """Roles of the decoder's inputs that this graph has too."""
+
+CHOSEN = {"chosen_ids": "top_ids", "chosen_log_probabilities": "top_log_probabilities"}
+"""What is returned of every step, and which of the decoder's outputs it is chosen from."""
+
+AXES = ("step", "batch")
+"""Of both."""
 
 CHOICE = """
 choice () => () {
@@ -45,11 +51,22 @@ choice () => () {
   next_going = Greater (count, fewest)
   next_positions = Add (now_positions, one)
   next_visible = Concat <axis: int = 2> (now_past_visible, alone)
-  loop_ids = Squeeze (next_ids, one)
-  loop_values = Squeeze (chosen, one)
+  loop_chosen_ids = Squeeze (next_ids, one)
+  loop_chosen_log_probabilities = Squeeze (chosen, one)
 }
 """
 """What follows the decoder in every step, in ONNX's own text."""
+
+TAIL = """
+tail () => () {
+  last_step = Sub (steps, one_scalar)
+  missing = Sub (last_step, step)
+  missing_list = Reshape (missing, one)
+  pads = Concat <axis: int = 0> (zero, missing_list)
+  NAME = Pad (step_NAME, pads, , last_axis)
+}
+"""
+"""Attention to columns that grow in number, made as long in every step."""
 
 STEPS_INPUT = TensorSpec(name="steps", role="steps", dtype="int64", axes=())
 FEWEST_INPUT = TensorSpec(name="fewest", role="fewest", dtype="int64", axes=())
@@ -63,63 +80,172 @@ def greedy_graph(decoder: ModelProto, contract: Exported, vocabulary: int) -> tu
         contract: of the decoder.
         vocabulary: entries of the target vocabulary.
     """
-    by_role = {spec.role: spec for spec in (*contract.inputs, *contract.outputs)}
-    states = [spec for spec in contract.inputs if spec.role == "state"]
-    news = {spec.feeds: spec for spec in contract.outputs if spec.role == "state"}
-    inputs, outputs = _contract(contract, states, news)
-    body, weights = _body(decoder, states, news)
-    constants = {
-        "one": np.array([1]),
-        "two": np.array([2]),
-        "row_axis": np.array([4]),
-        "end": np.array(END),
-        "no": np.array(False),
-        "yes": np.array(True),
-        "last": np.array([np.iinfo(np.int64).max]),
-        "best": np.array([min(len(UNWRITABLE) + 1, vocabulary)]),
-        "writable": _writable(vocabulary, by_role["top_log_probabilities"].dtype),
-    }
-    model = helper.make_model(
-        helper.make_graph(
-            [*_before(), *body, *_after(states, news, by_role["cross_attention"])],
-            GREEDY,
-            [value_info(spec) for spec in inputs],
-            [value_info(spec) for spec in outputs],
-            [*weights, *(numpy_helper.from_array(value, name) for name, value in constants.items())],
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=decoder.ir_version,
-    )
-    return model, contract._replace(inputs=inputs, outputs=outputs)
+    return _Assembly(decoder, contract, vocabulary).model()
 
 
-def _contract(
-    contract: Exported, states: list[TensorSpec], news: Mapping[str | None, TensorSpec]
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    def one_row(spec: TensorSpec) -> TensorSpec:
-        return spec.model_copy(update={"axes": tuple(1 if axis == "query" else axis for axis in spec.axes)})
+class _Assembly:
+    """The parts of one such graph.
 
-    def all_steps(spec: TensorSpec) -> TensorSpec:
-        return spec.model_copy(update={"axes": tuple("step" if axis == "query" else axis for axis in spec.axes)})
+    What goes from step to step is called `now_...` where a step takes it in, and `next_...` where it leaves it.
+    """
 
-    by_role = {spec.role: spec for spec in contract.outputs}
-    wanted = next(spec for spec in contract.inputs if spec.feeds == "cross_attention")
-    kept = [one_row(spec) for spec in contract.inputs if spec.role in KEPT]
-    ids, values = by_role["top_ids"], by_role["top_log_probabilities"]
-    chosen = [
-        TensorSpec(name="chosen_ids", role="chosen_ids", dtype=ids.dtype, axes=("step", "batch")),
-        TensorSpec(
-            name="chosen_log_probabilities",
-            role="chosen_log_probabilities",
-            dtype=values.dtype,
-            axes=("step", "batch"),
-        ),
-    ]
-    grown = [all_steps(news[spec.name]) if _past_axis(spec) else one_row(news[spec.name]) for spec in states]
-    return (
-        (*kept, STEPS_INPUT, FEWEST_INPUT, wanted),
-        (*chosen, all_steps(by_role["cross_attention"]), *grown),
-    )
+    def __init__(self, decoder: ModelProto, contract: Exported, vocabulary: int) -> None:
+        self.graph = ModelProto.FromString(decoder.SerializeToString()).graph
+        self.ir_version, self.contract, self.vocabulary = decoder.ir_version, contract, vocabulary
+        self.by_role: dict[str, TensorSpec] = {spec.role: spec for spec in contract.outputs}
+        self.states = [spec for spec in contract.inputs if spec.role == "state"]
+        self.news = {spec.feeds: spec for spec in contract.outputs if spec.role == "state"}
+        self.looks = [spec for spec in contract.outputs if spec.role in ("cross_attention", "decoder_attention")]
+        self.carried = ["target_ids", "positions", "past_visible", *(spec.name for spec in self.states)]
+        self.around = {spec.name for spec in contract.inputs if spec.role in KEPT} - set(self.carried)
+        described = (*self.graph.input, *self.graph.output)
+        self.types = {value.name: value.type.tensor_type.elem_type for value in described}
+
+    def model(self) -> tuple[ModelProto, Exported]:
+        """The graph and its contract."""
+        inputs, outputs = self.inputs(), self.outputs()
+        self.place_decoder()
+        inner, still = self.body()
+        nodes = [
+            helper.make_node("Equal", ["target_ids", "target_ids"], ["first_live"]),
+            helper.make_node("Unsqueeze", ["first_live", "two"], ["alone"]),
+            *still,
+            self.loop(inner),
+            *self.after(),
+        ]
+        weights = [
+            *self.graph.initializer,
+            *(numpy_helper.from_array(*pair[::-1]) for pair in self.constants().items()),
+        ]
+        graph = helper.make_graph(nodes, GREEDY, [*map(value_info, inputs)], [*map(value_info, outputs)], weights)
+        drop_unused(graph)
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=self.ir_version)
+        return model, self.contract._replace(inputs=inputs, outputs=outputs)
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The decoder's, for one row a sentence, and how many steps to take."""
+        kept = [_with_query(spec, 1) for spec in self.contract.inputs if spec.role in KEPT]
+        return (*kept, STEPS_INPUT, FEWEST_INPUT)
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The chosen tokens, attention and new state of all steps."""
+        chosen = [
+            TensorSpec.model_validate({"name": name, "role": name, "dtype": self.by_role[like].dtype, "axes": AXES})
+            for name, like in CHOSEN.items()
+        ]
+        looks = [_with_query(spec, "step") for spec in self.looks]
+        grown = [_with_query(self.news[spec.name], "step" if _past_axis(spec) else 1) for spec in self.states]
+        return (*chosen, *looks, *grown)
+
+    def place_decoder(self) -> None:
+        """Name the decoder's tensors as the body of the Loop has them, and apart from all others."""
+        names = {"new_visible": "alone", "next_ids": "target_ids", "top": "best"}
+        names |= {name: f"now_{name}" for name in self.carried} | {name: name for name in self.around}
+        names |= {name: f"step_{name}" for name in ("top_ids", "top_log_probabilities")}
+        names |= {spec.name: f"{'step' if _grows(spec) else 'loop'}_{spec.name}" for spec in self.looks}
+        _rename(self.graph.node, lambda name: names.get(name, f"step/{name}" if name else ""))
+        for tensor in self.graph.initializer:
+            tensor.name = f"step/{tensor.name}"
+
+    def body(self) -> tuple[GraphProto, list[NodeProto]]:
+        """One step; and apart from it, what is the same in every step."""
+        nodes = [*self.graph.node, *parser.parse_graph(CHOICE).node]
+        following = ["next_ids", "next_positions", "next_visible"]
+        for spec in self.states:
+            new, axis = f"step/{self.news[spec.name].name}", _past_axis(spec)
+            if axis is not None:
+                nodes.append(helper.make_node("Concat", [f"now_{spec.name}", new], [f"next_{spec.name}"], axis=axis))
+            following.append(new if axis is None else f"next_{spec.name}")
+        for spec in filter(_grows, self.looks):
+            tail = list(parser.parse_graph(TAIL.replace("NAME", spec.name)).node)
+            nodes.append(_switched(spec, tail, f"loop_{spec.name}"))
+        value = helper.make_tensor_value_info
+        inner = helper.make_graph(
+            nodes,
+            "step",
+            [
+                value("step", TensorProto.INT64, []),
+                value("going", TensorProto.BOOL, []),
+                value("live", TensorProto.BOOL, None),
+                *(value(f"now_{name}", self.types[name], None) for name in self.carried),
+            ],
+            [
+                value("next_going", TensorProto.BOOL, []),
+                value("next_live", TensorProto.BOOL, None),
+                *(value(out, self.types[name], None) for out, name in zip(following, self.carried, strict=True)),
+                *(value(f"loop_{name}", self.types[like], None) for name, like in CHOSEN.items()),
+                *(value(f"loop_{spec.name}", self.types[spec.name], None) for spec in self.looks),
+            ],
+        )
+        return inner, self.take_out(inner)
+
+    def take_out(self, inner: GraphProto) -> list[NodeProto]:
+        """Take out of a step, and return, what is the same in every one."""
+        drop_unused(inner)
+        nodes, still = list(inner.node), []
+        del inner.node[:]
+        changing, given = {value.name for value in inner.input}, self.around | {"alone"}
+        for node in nodes:
+            read = set(reads_of(node))
+            # What reads constants alone stays as well: a weight's own type is found again only beside its product.
+            if changing & read or not given & read:
+                changing |= set(node.output)
+                inner.node.append(node)
+            else:
+                given |= set(node.output)
+                still.append(node)
+        return still
+
+    def loop(self, inner: GraphProto) -> NodeProto:
+        """The Loop; what its body does not carry, it reads from the graph around it."""
+        last = ["last_live", *(f"last_{name}" for name in self.carried)]
+        collected = [*CHOSEN, *(f"all_{spec.name}" for spec in self.looks)]
+        return helper.make_node(
+            "Loop", ["steps", "yes", "first_live", *self.carried], [*last, *collected], "search", body=inner
+        )
+
+    def after(self) -> list[NodeProto]:
+        """Of what grew, what is new; and the attention of all steps side by side."""
+        nodes = []
+        for spec in self.states:
+            name, axis, last = self.news[spec.name].name, _past_axis(spec), f"last_{spec.name}"
+            if axis is None:
+                nodes.append(helper.make_node("Identity", [last], [name]))
+                continue
+            nodes += [
+                helper.make_node("Shape", [spec.name], [f"past_of_{spec.name}"], start=axis, end=axis + 1),
+                helper.make_node("Constant", [], [f"axis_of_{spec.name}"], value_ints=[axis]),
+                helper.make_node("Slice", [last, f"past_of_{spec.name}", "last", f"axis_of_{spec.name}"], [name]),
+            ]
+        for spec in self.looks:
+            turned = [
+                helper.make_node("Squeeze", [f"all_{spec.name}", "last_axis"], [f"squeezed_{spec.name}"]),
+                helper.make_node("Transpose", [f"squeezed_{spec.name}"], [spec.name], perm=[1, 2, 3, 0, 4]),
+            ]
+            nodes.append(_switched(spec, turned, spec.name))
+        return nodes
+
+    def constants(self) -> dict[str, Array]:
+        """Of the text above, and of what stands around it."""
+        writable = np.zeros(self.vocabulary, self.by_role["top_log_probabilities"].dtype)
+        writable[sorted(UNWRITABLE)] = -np.inf
+        return {
+            "zero": np.array([0]),
+            "one_scalar": np.array(1),
+            "one": np.array([1]),
+            "two": np.array([2]),
+            "last_axis": np.array([4]),
+            "end": np.array(END),
+            "yes": np.array(True),
+            "last": np.array([np.iinfo(np.int64).max]),
+            "best": np.array([min(len(UNWRITABLE) + 1, self.vocabulary)]),
+            "writable": writable,
+        }
+
+
+def _with_query(spec: TensorSpec, count: int | str) -> TensorSpec:
+    return spec.model_copy(update={"axes": tuple(count if axis == "query" else axis for axis in spec.axes)})
 
 
 def _past_axis(spec: TensorSpec) -> int | None:
@@ -127,95 +253,16 @@ def _past_axis(spec: TensorSpec) -> int | None:
     return spec.axes.index("past") if "past" in spec.axes else None
 
 
-def _body(
-    decoder: ModelProto, states: list[TensorSpec], news: Mapping[str | None, TensorSpec]
-) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The Loop, after what is the same in every step, and the decoder's weights, which its body reads from around."""
-    graph = ModelProto.FromString(decoder.SerializeToString()).graph
-    carried = ["target_ids", "positions", "past_visible", *(spec.name for spec in states)]
-    inside = {
-        "new_visible": "alone",
-        "next_ids": "target_ids",
-        "top": "best",
-        "want_decoder_attention": "no",
-        "top_ids": "step_top_ids",
-        "top_log_probabilities": "step_top_log_probabilities",
-        "cross_attention": "loop_cross",
-        **{name: f"now_{name}" for name in carried},
-    }
-    around = {value.name for value in graph.input} - inside.keys()
-    _rename(graph.node, lambda name: inside.get(name, name if name in around or not name else f"step/{name}"))
-    for tensor in graph.initializer:
-        tensor.name = f"step/{tensor.name}"
-    following = []
-    for spec in states:
-        new, axis = f"step/{news[spec.name].name}", _past_axis(spec)
-        if axis is None:
-            following.append(new)
-        else:
-            graph.node.append(helper.make_node("Concat", [f"now_{spec.name}", new], [f"next_{spec.name}"], axis=axis))
-            following.append(f"next_{spec.name}")
-    graph.node.extend(parser.parse_graph(CHOICE).node)
-    described = (*graph.input, *graph.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in described}
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in described}
+def _grows(spec: TensorSpec) -> bool:
+    """Attention to what is generated has a column more in every step."""
+    return spec.role == "decoder_attention"
 
-    def info(name: str, like: str) -> ValueInfoProto:
-        return helper.make_tensor_value_info(name, types[like], [None] * ranks[like])
 
-    def flag(name: str) -> ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.BOOL, [])
-
-    def live(name: str) -> ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.BOOL, [None, 1])
-
-    carried_out = ["next_ids", "next_positions", "next_visible", *following]
-    inner = helper.make_graph(
-        graph.node,
-        "step",
-        [
-            helper.make_tensor_value_info("step", TensorProto.INT64, []),
-            flag("going"),
-            live("live"),
-            *(info(f"now_{name}", name) for name in carried),
-        ],
-        [
-            flag("next_going"),
-            live("next_live"),
-            *(info(out, name) for out, name in zip(carried_out, carried, strict=True)),
-            helper.make_tensor_value_info("loop_ids", types["top_ids"], [None]),
-            helper.make_tensor_value_info("loop_values", types["top_log_probabilities"], [None]),
-            info("loop_cross", "cross_attention"),
-        ],
-    )
-    used = helper.make_graph(graph.node, "used", [], inner.output, graph.initializer)
-    drop_unused(used)
-    still: list[NodeProto] = []
-    del inner.node[:]
-    changing, given = {value.name for value in inner.input}, around | {"alone"}
-    for node in used.node:
-        read = set(reads_of(node))
-        # What reads constants alone stays as well: a weight's own type is found again only beside its product.
-        if changing & read or not given & read:
-            changing |= set(node.output)
-            inner.node.append(node)
-        else:
-            given |= set(node.output)
-            still.append(node)
-    loop = helper.make_node(
-        "Loop",
-        ["steps", "yes", "first_live", *carried],
-        [
-            "last_live",
-            *(f"last_{name}" for name in carried),
-            "chosen_ids",
-            "chosen_log_probabilities",
-            "looks",
-        ],
-        "search",
-        body=inner,
-    )
-    return [*still, loop], list(used.initializer)
+def _switched(spec: TensorSpec, nodes: list[NodeProto], name: str) -> NodeProto:
+    """Nodes that run where this attention is wanted; their result gets another name."""
+    node = switch(spec, nodes)
+    node.name, node.output[:] = f"lay_out_{name}", [name]
+    return node
 
 
 def _rename(nodes: Iterable[NodeProto], renamed: Callable[[str], str]) -> None:
@@ -227,38 +274,3 @@ def _rename(nodes: Iterable[NodeProto], renamed: Callable[[str], str]) -> None:
             _rename(branch.node, renamed)
             for value in branch.output:
                 value.name = renamed(value.name)
-
-
-def _before() -> list[NodeProto]:
-    return [
-        helper.make_node("Equal", ["target_ids", "target_ids"], ["first_live"]),
-        helper.make_node("Unsqueeze", ["first_live", "two"], ["alone"]),
-    ]
-
-
-def _after(states: list[TensorSpec], news: Mapping[str | None, TensorSpec], cross: TensorSpec) -> list[NodeProto]:
-    """Of what grew, what is new; and the attention of all steps side by side."""
-    nodes = []
-    for spec in states:
-        name, axis, last = news[spec.name].name, _past_axis(spec), f"last_{spec.name}"
-        if axis is None:
-            nodes.append(helper.make_node("Identity", [last], [name]))
-            continue
-        where = numpy_helper.from_array(np.array([axis]), "")
-        nodes += [
-            helper.make_node("Shape", [spec.name], [f"past_of_{spec.name}"], start=axis, end=axis + 1),
-            helper.make_node("Constant", [], [f"axis_of_{spec.name}"], value=where),
-            helper.make_node("Slice", [last, f"past_of_{spec.name}", "last", f"axis_of_{spec.name}"], [name]),
-        ]
-    turned = [
-        helper.make_node("Squeeze", ["looks", "row_axis"], ["looks_of_steps"]),
-        helper.make_node("Transpose", ["looks_of_steps"], ["cross_attention"], perm=[1, 2, 3, 0, 4]),
-    ]
-    return [*nodes, switch(cross, turned)]
-
-
-def _writable(vocabulary: int, dtype: str) -> Array:
-    """What is added to each token's log-probability: minus infinity for what stands for no text."""
-    table = np.zeros(vocabulary, dtype)
-    table[sorted(UNWRITABLE)] = -np.inf
-    return table

@@ -65,6 +65,9 @@ SMALL_OUTPUTS = ("top_log_probabilities", "top_ids", "next_log_probabilities")
 """What every step returns, wherever the rest of it stays."""
 
 
+DECODERS: tuple[Family, ...] = ("cross", "decoder")
+"""Families of attention that the decoder has."""
+
 CHOSEN = ("chosen_ids", "chosen_log_probabilities")
 """What several steps always return."""
 
@@ -158,7 +161,7 @@ class OnnxStepModel:
         """
         _check_ids("target_ids", question.target_ids, self.vocabulary)
         _check_ids("next_ids", question.next_ids, self.vocabulary)
-        families: list[Family] = [family for family in ("cross", "decoder") if family in question.attention]
+        families = _families(question)
         names = [*SMALL_OUTPUTS, *self.next_names, *(f"{family}_attention" for family in families)]
         feeds: dict[str, Any] = {
             "target_ids": question.target_ids,
@@ -168,8 +171,7 @@ class OnnxStepModel:
             "next_ids": question.next_ids,
             "source_mask": question.memory.source_mask,
             "top": np.array([question.top]),
-            "want_cross_attention": np.array("cross" in families),
-            "want_decoder_attention": np.array("decoder" in families),
+            **_wanted(families),
         }
         return names, feeds | self._kept(question)
 
@@ -221,8 +223,8 @@ class OnnxGreedyModel(OnnxStepModel):
     def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
         """See `StepsAhead.greedy`."""
         _check_ids("target_ids", question.target_ids, self.vocabulary)
-        wanted = "cross" in question.attention
-        names = [*CHOSEN, *self.next_names, *(["cross_attention"] if wanted else [])]
+        families = _families(question)
+        names = [*CHOSEN, *self.next_names, *(f"{family}_attention" for family in families)]
         feeds: dict[str, Any] = {
             "target_ids": question.target_ids,
             "positions": question.positions,
@@ -230,15 +232,26 @@ class OnnxGreedyModel(OnnxStepModel):
             "source_mask": question.memory.source_mask,
             "steps": np.array(steps),
             "fewest": np.array(fewest),
-            "want_cross_attention": np.array(wanted),
+            **_wanted(families),
         }
         found = dict(zip(names, self._greedy.run(names, feeds | self._kept(question)), strict=True))
         return GreedySteps(
             ids=found["chosen_ids"],
             log_probabilities=found["chosen_log_probabilities"],
             cross_attention=found.get("cross_attention"),
+            decoder_attention=found.get("decoder_attention"),
             state=tuple(found[name] for name in self.next_names),
         )
+
+
+def _families(question: Question) -> list[Family]:
+    """What the decoder is to return of its attention, in the order of its outputs."""
+    return [family for family in DECODERS if family in question.attention]
+
+
+def _wanted(families: Sequence[Family]) -> dict[str, Any]:
+    """Switches of the decoder's attention."""
+    return {f"want_{family}_attention": np.array(family in families) for family in DECODERS}
 
 
 def _check_ids(name: str, ids: Array, vocabulary: int) -> None:

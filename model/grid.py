@@ -145,7 +145,7 @@ class Grid:
         steps: int,
         fewest: int,
         attention: frozenset[Family] = NO_FAMILIES,
-    ) -> GreedySteps:
+    ) -> tuple[GreedySteps, list[Int[np.ndarray, " target"]]]:
         """Let every sentence read a token and go on by itself, where each has one row.
 
         Args:
@@ -154,11 +154,14 @@ class Grid:
             steps: most steps to take; fewer are taken where the ring comes round or is full.
             fewest: stop once no more sentences than this are without an end token.
             attention: families to return.
+
+        Returns:
+            What the model says; and for each sentence, where the decoder attention has what it has read, to the last
+            of the steps.
         """
         count, oldest = self.count, int(self.age.max())
         self._have_room()
-        column, first = self.clock % self.ring, (self.clock - oldest) % self.ring
-        seen = slice(first, max(column, first + 1)) if first <= column else slice(None)
+        column, seen = self.clock % self.ring, self._seen()
         visible = self._visible[:count]
         question = Question(
             target_ids=tokens,
@@ -176,11 +179,12 @@ class Grid:
         )
         made = model.greedy(question, min(steps, self.ring - max(column, oldest)), fewest)
         taken = len(made.ids)
+        columns = self._columns_of_steps(taken)
         self._store.write(made.state, column)
         visible[:, :, column : column + taken] = True
         self.age = self.age + taken
         self.clock += taken
-        return made
+        return made, columns
 
     def columns(
         self, rows: Int[np.ndarray, "sentence row time"], ages: Int[np.ndarray, " sentence"]
@@ -240,6 +244,21 @@ class Grid:
             self._store.narrow(source)
         if 2 * ring <= self.ring:
             self._resize(ring)
+
+    def _columns_of_steps(self, steps: int) -> list[Int[np.ndarray, " target"]]:
+        """Where the decoder attention of so many next steps has what each sentence reads, its past first."""
+        seen, own = self._seen(), np.arange(steps)
+        start = seen.start or 0
+        past = (seen.stop or self.ring) - start
+        return [
+            np.concatenate((np.arange(self.clock - age, self.clock) % self.ring - start, past + own))
+            for age in self.age.tolist()
+        ]
+
+    def _seen(self) -> slice:
+        """Columns that somebody sees, at least one; all of them where they come round the ring's end."""
+        column, first = self.clock % self.ring, (self.clock - int(self.age.max())) % self.ring
+        return slice(first, max(column, first + 1)) if first <= column else slice(None)
 
     def _have_room(self) -> None:
         """For one more column that nobody still sees."""

@@ -143,7 +143,7 @@ class Decoding:
         special = [sentence for sentence in advanced if not sentence.constraints.idle]
         needed = NO_FAMILIES.union(*(sentence.needed for sentence in advanced))
         most = min([most, *(sentence.options.longest - sentence.age for sentence in advanced)])
-        if most > 1 and self._ahead is not None and not special and "decoder" not in needed:
+        if most > 1 and self._ahead is not None and not special:
             self._step_ahead(self._ahead, most, needed)
         else:
             self._step_once(special, needed)
@@ -226,15 +226,15 @@ class Decoding:
         """Several greedy steps in one call."""
         sentences = self.sentences
         fewest = len(sentences) - max(1, len(sentences) // LEAVE_TOGETHER)
-        made = self._grid.greedy(model, self._tokens, most, fewest, needed)
+        made, columns = self._grid.greedy(model, self._tokens, most, fewest, needed)
         ids, values = made.ids.T, made.log_probabilities.T.astype(np.float64)
         ended = ids == END
         taken = np.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])
         values[np.arange(ids.shape[1]) >= taken[:, None]] = 0.0  # what came after an end token means nothing
         self._refuse_no_numbers(np.all(values < np.inf, axis=1, keepdims=True))
-        if made.cross_attention is not None:
-            for sentence, steps in zip(sentences, taken.tolist(), strict=True):
-                sentence.look_ahead(made.cross_attention, steps)
+        if needed:
+            for sentence, own, steps in zip(sentences, columns, taken.tolist(), strict=True):
+                sentence.look_ahead(made.cross_attention, made.decoder_attention, own, steps)
         self._take(ids, values, taken)
 
     def _choose_one(self, values: Float[np.ndarray, "sentence top"], ids: Int[np.ndarray, "sentence top"]) -> None:

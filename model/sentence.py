@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from model.constraints import Constraints
 from model.errors import InvalidRequestError
@@ -63,11 +63,36 @@ class Sentence:
         if own_cross is not None or own_decoder is not None:
             self._trail.append(Glimpse(own_cross, own_decoder))
 
-    def look_ahead(self, cross: Float[np.ndarray, "sentence layer head step source"], steps: int) -> None:
-        """Keep what its one row looked at in several steps, if that is needed."""
-        if "cross" in self.needed:
-            own = cross[self.place, ..., :steps, : self._source_length].copy()
-            self._trail += [Glimpse(own[:, :, t : t + 1], None) for t in range(steps)]
+    def look_ahead(
+        self,
+        cross: Float[np.ndarray, "sentence layer head step source"] | None,
+        decoder: Float[np.ndarray, "sentence layer head step target"] | None,
+        columns: Int[np.ndarray, " target"],
+        steps: int,
+    ) -> None:
+        """Keep what its one row looked at in several steps, of the families that are needed.
+
+        Args:
+            cross: of all sentences.
+            decoder: of all sentences.
+            columns: where that has what this one has read, step by step.
+            steps: how many of the steps are its own.
+        """
+        own_cross = own_decoder = None
+        if cross is not None and "cross" in self.needed:
+            own_cross = cross[self.place, :, :, :steps, : self._source_length].copy()
+        if decoder is not None and "decoder" in self.needed:
+            own_decoder = decoder[self.place, :, :, :steps].take(columns[: self.age + steps], -1)
+        if own_cross is None and own_decoder is None:
+            return
+        for t in range(steps):
+            row = slice(t, t + 1)
+            self._trail.append(
+                Glimpse(
+                    None if own_cross is None else own_cross[:, :, row],
+                    None if own_decoder is None else own_decoder[:, :, row, : self.age + t + 1],
+                )
+            )
 
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""

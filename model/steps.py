@@ -88,6 +88,8 @@ class GreedySteps:
     """Their log-probabilities: NaN where the network gave no numbers."""
     cross_attention: Float[np.ndarray, "batch layer head step source"] | None
     """Attention of each step to the source, where it was asked for."""
+    decoder_attention: Float[np.ndarray, "batch layer head step target"] | None
+    """Attention of each step to the past and then to the steps, where it was asked for; there may be columns beyond."""
     state: tuple[Any, ...] = field(repr=False)
     """What is to be remembered of them all: "past" has one entry for each step."""
 
@@ -137,7 +139,7 @@ class StepsAhead(Protocol):
         """Read new tokens, one a sentence, and go on from them.
 
         Args:
-            question: the first step, of one row a sentence. Candidates and decoder attention are not to be had.
+            question: the first step, of one row a sentence. Candidates are not to be had.
             steps: most steps to take.
             fewest: stop once no more sentences than this are without an end token.
         """

@@ -19,9 +19,9 @@ from tests.reversal import Reversal
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 STEPS, PAST = 7, 3
-CROSS: frozenset[Family] = frozenset({"cross"})
+BOTH: frozenset[Family] = frozenset({"cross", "decoder"})
 
-TOLERANCES = {"log_probabilities": 1e-5, "cross": 1e-6, "state": 1e-5}
+TOLERANCES = {"log_probabilities": 1e-5, "attention": 1e-6, "state": 1e-5}
 """Largest difference from single steps. Measured: 1.5e-6, 2.4e-7 and 1.5e-6."""
 
 
@@ -35,7 +35,7 @@ def some_sources(model: OnnxStepModel, lengths: tuple[int, ...] = SOURCES) -> li
     return [[*random.integers(END + 1, model.source_vocabulary, length - 1).tolist(), END] for length in lengths]
 
 
-def first(model: OnnxStepModel, attention: frozenset[Family] = CROSS) -> Question:
+def first(model: OnnxStepModel, attention: frozenset[Family] = BOTH) -> Question:
     """The first of several steps, after a past of which each sentence sees another part."""
     ids, mask = pad(some_sources(model))
     state = blank(model, len(ids), PAST, value=0.1)
@@ -65,7 +65,8 @@ def test_several_steps_are_single_ones(model: OnnxGreedyModel, steps: int) -> No
     np.testing.assert_array_equal(found.ids, expected.ids)
     assert found.ids.shape == (steps, len(SOURCES))
     assert_close("log_probabilities", found.log_probabilities, expected.log_probabilities)
-    assert_close("cross", found.cross_attention, expected.cross_attention)
+    assert_close("attention", found.cross_attention, expected.cross_attention)
+    assert_close("attention", found.decoder_attention, expected.decoder_attention)
     for mine, theirs in zip(found.state, expected.state, strict=True):
         assert_close("state", mine, theirs)
 
@@ -73,6 +74,7 @@ def test_several_steps_are_single_ones(model: OnnxGreedyModel, steps: int) -> No
 def test_attention_is_returned_where_it_is_asked_for(model: OnnxGreedyModel) -> None:
     without = model.greedy(first(model, frozenset()), STEPS, -1)
     assert without.cross_attention is None
+    assert without.decoder_attention is None
     np.testing.assert_array_equal(without.ids, model.greedy(first(model), STEPS, -1).ids)
 
 
@@ -93,7 +95,7 @@ def test_the_steps_end_when_enough_sentences_have(reversal: Reversal) -> None:
     assert len(model.greedy(question, 2, 2).ids) == 2
 
 
-@pytest.mark.parametrize("attention", [frozenset(), CROSS], ids=str)
+@pytest.mark.parametrize("attention", [frozenset(), BOTH], ids=str)
 def test_a_search_answers_as_with_single_steps(model: OnnxGreedyModel, attention: frozenset[Family]) -> None:
     sources = some_sources(model, (7, 4, 1, 9, 12, 2, 7, 3, 11, 5))
     chosen = [SearchOptions(longest=12)] * len(sources)
@@ -116,9 +118,11 @@ def test_a_search_answers_as_with_single_steps(model: OnnxGreedyModel, attention
         assert (mine.tokens, mine.finish_reason) == (theirs.tokens, theirs.finish_reason)
         assert_close("log_probabilities", np.array(mine.log_probabilities), np.array(theirs.log_probabilities))
         if attention:
-            assert_close("cross", mine.cross_attention, theirs.cross_attention)
+            assert_close("attention", mine.cross_attention, theirs.cross_attention)
+            assert_close("attention", mine.decoder_attention, theirs.decoder_attention)
         else:
             assert mine.cross_attention is None
+            assert mine.decoder_attention is None
     assert calls
 
 
@@ -178,5 +182,6 @@ def test_the_manifest_tells_what_it_takes_and_gives(exported: Toy | Reversal) ->
     axes = {one.name: one.axes for one in (*spec.inputs, *spec.outputs)}
     assert axes["chosen_ids"] == axes["chosen_log_probabilities"] == ("step", "batch")
     assert axes["cross_attention"] == ("batch", layers, heads, "step", "source")
+    assert axes["decoder_attention"] == ("batch", layers, heads, "step", "target")
     assert axes["next.0.key"][2] == "step"
     assert axes["target_ids"] == ("batch", 1)

@@ -208,14 +208,14 @@ def one_by_one(model: StepModel, question: Question, steps: int, fewest: int) ->
     """Several greedy steps, spelled out."""
     batch, before = len(question.target_ids), question.past_visible.shape[2]
     live, columns = np.ones(batch, bool), question.state
-    made: list[tuple[Array, Array, Array | None]] = []
+    made: list[tuple[Array, Array, Array | None, Array | None]] = []
     now = replace(question, new_visible=np.ones((batch, 1, 1), bool), next_ids=np.zeros((batch, 1), np.int64), top=3)
     while len(made) < steps and (not made or live.sum() > fewest):
         step = model.step(now)
         values = np.where(np.isin(step.top_ids, [PAD, BEGIN]), -np.inf, step.top_log_probabilities)[:, 0]
         best = values.argmax(1)[:, None]
         ids, chosen = (np.take_along_axis(array, best, 1) for array in (step.top_ids[:, 0], values))
-        made.append((ids[:, 0], chosen[:, 0], step.cross_attention))
+        made.append((ids[:, 0], chosen[:, 0], step.cross_attention, step.decoder_attention))
         columns = tuple(
             np.concatenate((old, new), 1 + kept.index("past")) if "past" in kept else new
             for old, new, kept in zip(columns, step.state, model.state, strict=True)
@@ -223,11 +223,12 @@ def one_by_one(model: StepModel, question: Question, steps: int, fewest: int) ->
         visible = np.concatenate((now.past_visible, now.new_visible), 2)
         now = replace(now, target_ids=ids, positions=now.positions + 1, past_visible=visible, state=columns)
         live &= ids[:, 0] != END
-    all_ids, all_values, looks = zip(*made, strict=True)
+    all_ids, all_values, cross, own = zip(*made, strict=True)
     return GreedySteps(
         ids=np.array(all_ids),
         log_probabilities=np.array(all_values),
-        cross_attention=np.concatenate(looks, 3) if looks[0] is not None else None,
+        cross_attention=np.concatenate(cross, 3) if cross[0] is not None else None,
+        decoder_attention=_padded(own, before + steps) if own[0] is not None else None,
         state=tuple(
             np.moveaxis(np.moveaxis(tensor, 1 + kept.index("past"), 0)[before:], 0, 1 + kept.index("past"))
             if "past" in kept
@@ -235,6 +236,10 @@ def one_by_one(model: StepModel, question: Question, steps: int, fewest: int) ->
             for tensor, kept in zip(columns, model.state, strict=True)
         ),
     )
+
+
+def _padded(weights: Sequence[Array], columns: int) -> Array:
+    return np.concatenate([np.pad(one, [(0, 0)] * 4 + [(0, columns - one.shape[-1])]) for one in weights], 3)
 
 
 def stamp(prefix: Sequence[int]) -> float:

@@ -26,7 +26,7 @@ PAIRS: list[tuple[Callable[..., SeedModel], Callable[..., SeedAhead | RowAhead]]
 
 
 @pytest.mark.parametrize(("single", "ahead"), PAIRS)
-@pytest.mark.parametrize("attention", [frozenset(), CROSS], ids=str)
+@pytest.mark.parametrize("attention", FAMILIES, ids=str)
 @pytest.mark.parametrize("end", [-2.0, 0.0])
 def test_a_search_finds_the_same_in_fewer_calls(
     single: Callable[..., SeedModel],
@@ -82,23 +82,14 @@ def test_sentences_join_and_leave_between_calls_as_between_steps(
 
 
 @pytest.mark.parametrize(
-    ("choices", "attention"),
-    [
-        ({"suppressed": frozenset({5})}, frozenset()),
-        ({"prefix": (5,)}, frozenset()),
-        ({"shortest": 3}, frozenset()),
-        ({"no_repeat_ngram": 2}, frozenset()),
-        ({"beam_size": 2}, frozenset()),
-        ({}, frozenset({"decoder"})),
-    ],
+    "choices",
+    [{"suppressed": frozenset({5})}, {"prefix": (5,)}, {"shortest": 3}, {"no_repeat_ngram": 2}, {"beam_size": 2}],
     ids=str,
 )
-def test_where_something_is_to_be_decided_between_steps_they_are_taken_singly(
-    choices: dict[str, object], attention: frozenset[Family]
-) -> None:
+def test_where_something_is_to_be_decided_between_steps_they_are_taken_singly(choices: dict[str, object]) -> None:
     model = SeedAhead(6, seed=2, end=-1)
-    found = alone(model, SOURCES[0], options(**choices), attention)
-    assert_same(found, alone(SeedModel(6, seed=2, end=-1), SOURCES[0], options(**choices), attention))
+    found = alone(model, SOURCES[0], options(**choices))
+    assert_same(found, alone(SeedModel(6, seed=2, end=-1), SOURCES[0], options(**choices)))
     assert model.taken == []
 
 
