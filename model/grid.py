@@ -117,7 +117,8 @@ class Grid:
         self._have_room()
         visible = self._visible[:count]
         if width > 1:
-            visible[:] = np.take_along_axis(visible, parents[:, :, None, None], 1)
+            rows = np.arange(count)[:, None] * width + parents
+            visible[:] = visible.reshape(count * width, self.ring, width).take(rows, 0)
         step = self._model.step(
             Question(
                 target_ids=tokens,

@@ -268,12 +268,12 @@ class Decoding:
     def _choose(self, values: Float[np.ndarray, "sentence row top"], ids: Int[np.ndarray, "sentence row top"]) -> None:
         width, top = self._width, ids.shape[2]
         count = len(values)
+        sentence = np.arange(count)[:, None]
         totals = (self._totals[:, :, None] + values).reshape(count, -1)
         # Stable: ties go to the better row, and within a row to the model's own order.
         order = np.argsort(-totals, 1, kind="stable")[:, : 2 * width]
-        totals = np.take_along_axis(totals, order, 1)
-        tokens = np.take_along_axis(ids.reshape(count, -1), order, 1)
-        values, parents = np.take_along_axis(values.reshape(count, -1), order, 1), order // top
+        best = sentence * (width * top) + order
+        totals, tokens, values, parents = totals.take(best), ids.take(best), values.take(best), order // top
         possible = totals > -np.inf
         ends = possible & (tokens == END)
         live = possible & ~ends
@@ -281,13 +281,13 @@ class Decoding:
         for place, rank in zip(*np.nonzero(ends), strict=True):
             self._end(int(place), int(parents[place, rank]), float(values[place, rank]), float(totals[place, rank]))
         # The first `width` that go on; where there are fewer, the rest of the rows is dead.
-        kept = np.argsort(~live, 1, kind="stable")[:, :width]
-        alive = np.take_along_axis(live, kept, 1)
-        self._totals = np.where(alive, np.take_along_axis(totals, kept, 1), -np.inf)
-        self._parents = np.where(alive, np.take_along_axis(parents, kept, 1), 0)
-        self._tokens = np.where(alive, np.take_along_axis(tokens, kept, 1), BEGIN)
-        self._branch(self._parents)
-        self._write(self._tokens, np.take_along_axis(values, kept, 1), self._parents)
+        kept = sentence * order.shape[1] + np.argsort(~live, 1, kind="stable")[:, :width]
+        alive = live.take(kept)
+        self._totals = np.where(alive, totals.take(kept), -np.inf)
+        self._parents = np.where(alive, parents.take(kept), 0)
+        self._tokens = np.where(alive, tokens.take(kept), BEGIN)
+        self._branch(sentence * width + self._parents)
+        self._write(self._tokens, values.take(kept), self._parents)
         self._advance(alive)
 
     def _advance(self, alive: Bool[np.ndarray, "sentence row"]) -> None:
@@ -316,10 +316,12 @@ class Decoding:
             )
         )
 
-    def _branch(self, parents: Int[np.ndarray, "sentence row"]) -> None:
-        longest = max(sentence.age for sentence in self.sentences)
-        for history in (self._read, self._values, self._rows):
-            history[:, :, :longest] = np.take_along_axis(history[:, :, :longest], parents[:, :, None], 1)
+    def _branch(self, rows: Int[np.ndarray, "sentence row"]) -> None:
+        """Let histories go on from others, which are counted over all sentences."""
+        shape = (-1, self._read.shape[2])
+        self._read = self._read.reshape(shape).take(rows, 0)
+        self._values = self._values.reshape(shape).take(rows, 0)
+        self._rows = self._rows.reshape(shape).take(rows, 0)
 
     def _write(
         self,
