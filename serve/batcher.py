@@ -35,6 +35,7 @@ class Batcher:
     def __init__(self, model: StepModel, limits: EngineLimits) -> None:
         self._model, self._limits = model, limits
         self._lanes: dict[int, Lane] = {}
+        self._counted: tuple[int, int, int] | None = None
 
     @property
     def busy(self) -> bool:
@@ -58,16 +59,24 @@ class Batcher:
             )
         if not chosen and not self.busy:
             return True
-        lanes = self._lanes.values()
+        rows, tokens, attention = self._load()
         return (
             padded <= limits.encode_tokens
-            and self.rows + sum(job.options.beam_size for job in jobs) <= limits.rows
-            and sum(lane.tokens for lane in lanes) + sum(job.tokens for job in jobs) <= limits.tokens
-            and sum(lane.attention for lane in lanes) + sum(job.attention_size() for job in jobs) <= limits.attention
+            and rows + sum(job.options.beam_size for job in jobs) <= limits.rows
+            and tokens + sum(job.tokens for job in jobs) <= limits.tokens
+            and attention + sum(job.attention_size() for job in jobs) <= limits.attention
         )
+
+    def _load(self) -> tuple[int, int, int]:
+        """Rows, tokens and attention under way: the same for all that are looked at between two steps."""
+        if self._counted is None:
+            lanes = self._lanes.values()
+            self._counted = self.rows, sum(lane.tokens for lane in lanes), sum(lane.attention for lane in lanes)
+        return self._counted
 
     def admit(self, tickets: Sequence[Ticket]) -> None:
         """Read the sources of some jobs, in one pass, and let them join; or score them, if that is what they want."""
+        self._counted = None
         sources = [ticket.job.source for ticket in tickets]
         wanted = any("encoder" in ticket.job.attention for ticket in tickets)
         try:
@@ -108,6 +117,7 @@ class Batcher:
 
     def step(self) -> None:
         """One decoder step, or a few, for everything that is under way."""
+        self._counted = None
         for width, lane in list(self._lanes.items()):
             try:
                 lane.drop_unwanted()
