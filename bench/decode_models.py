@@ -48,6 +48,7 @@ PERIOD = 320
 CLOCK = 8
 """Dimensions that carry them."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class RandomSize:
     """Size of a random model."""

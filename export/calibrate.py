@@ -77,9 +77,9 @@ def calibrate(
 
 
 def renamed(ranges: Ranges, before: GraphProto, after: GraphProto) -> Ranges:
-    """Ranges of one graph's tensors for another that holds the same products in the same order."""
+    """Ranges of one graph's tensors for another with the same products in the same order, or with the first of them."""
     names, others = product_inputs(before), product_inputs(after)
-    return {other: ranges[name] for name, other in zip(names, others, strict=True)}
+    return {other: ranges[name] for name, other in zip(names[: len(others)], others, strict=True)}
 
 
 def _batches(checkpoint: Checkpoint, pairs: Sequence[Pair]) -> list[tuple[list[list[int]], list[list[int]]]]:

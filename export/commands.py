@@ -11,17 +11,21 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from export.manifest import MANIFEST, Manifest, Precision, check_files, read_manifest
+from export.manifest import MANIFEST, SHORTLIST_ANSWERS, Manifest, Precision, check_files, read_manifest
 from model.config import Config, Data, PairFiles, load_config, override_data
 from model.errors import ConfigError, DataError
 from model.evaluate import Decoder, Evaluation
 from model.evaluate import evaluate as measure
-from model.pairs import Pair, Pairs, read_given, read_pairs, sample_pairs
+from model.pairs import Pair, Pairs, Part, read_given, read_pairs, sample_pairs
 
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace one value of the data section, for example data.folder=PATH."),
 ]
+
+COMPARED = "an export is compared with PyTorch on validation data"
+LEARNT = "a shortlist is learnt from training data"
+"""What an export needs data for, if it is not there."""
 
 
 def export(
@@ -43,14 +47,23 @@ def export(
     fp16: Annotated[
         bool, typer.Option("--fp16", help="Write float16 graphs too, for GPUs; a CPU is no faster with them.")
     ] = False,
+    shortlist: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Add graphs for a search among K candidates of each sentence, 256 for example, by a lexicon of up to "
+            "200,000 training pairs. Requests ask for it; by default answers stay exact.",
+        ),
+    ] = None,
 ) -> None:
     """Export a checkpoint to a bundle, in float32 and int8, verified against PyTorch before it is written."""
     console = Console()
     config = load_config(checkpoint / "config.json") if (checkpoint / "config.json").is_file() else None
     data = None if config is None else override_data(config.data, settings or ())
-    pairs = [] if data is None else _validation_pairs(data, validation_pairs)
-    from export.bundle import export_bundle
+    pairs = [] if data is None else sample_pairs(_read_part(data, "validation", COMPARED), validation_pairs)
+    from export.bundle import Shortlisting, export_bundle
 
+    training = [] if data is None or shortlist is None else _read_part(data, "train", LEARNT)
     with console.status("reading the checkpoint") as status:
         manifest, parity = export_bundle(
             checkpoint,
@@ -61,6 +74,7 @@ def export(
             lambda what, count: status.update(what if not count else f"decoding: {what}"),
             generate=generate,
             fp16=fp16,
+            shortlist=None if shortlist is None else Shortlisting(shortlist, training),
         )
     console.print(parity_table(manifest))
     size = {
@@ -73,16 +87,16 @@ def export(
     )
 
 
-def _validation_pairs(data: Data, count: int | None) -> list[Pair]:
+def _read_part(data: Data, part: Part, why: str) -> list[Pair]:
     try:
-        read = read_pairs(data, "validation")
+        read = read_pairs(data, part)
     except DataError as error:
         raise DataError(
-            f"{error}; an export is compared with PyTorch on validation data: name others with --set, for example "
-            "data.kind=cmudict, or data.validation.source=FILE and data.validation.target=FILE"
+            f"{error}; {why}: name others with --set, for example data.kind=cmudict, or data.{part}.source=FILE and "
+            f"data.{part}.target=FILE"
         ) from None
     _tell_empty(read)
-    return sample_pairs(read.pairs, count)
+    return read.pairs
 
 
 def parity_table(manifest: Manifest) -> Table:
@@ -100,6 +114,9 @@ def parity_table(manifest: Manifest) -> Table:
         f"{parity[precision]['equal_answers']:.0f} of {parity[precision]['answers']:.0f}" for precision in precisions
     ]
     table.add_row("equal answers", "", *equal)
+    if all(SHORTLIST_ANSWERS in found for found in parity.values()):
+        kept = [f"{found[SHORTLIST_ANSWERS]:.0f} of {found['answers']:.0f}" for found in parity.values()]
+        table.add_row("shortlist: as without", "", *kept)
     for metric, value in quality["torch"].items():
         table.add_row(
             metric.upper(), f"{value:.2f}", *(f"{quality[precision][metric]:.2f}" for precision in precisions)
@@ -120,6 +137,9 @@ def evaluate(
     beam_size: Annotated[int, typer.Option("--beam-size", "-b", min=1, max=16, help="1 is greedy search.")] = 1,
     length_penalty: Annotated[float, typer.Option(min=0, max=10, help="See the README on search.")] = 1.0,
     precision: Annotated[Literal["fp32", "int8", "fp16"], typer.Option(help="Of a bundle.")] = "fp32",
+    shortlist: Annotated[
+        bool, typer.Option("--shortlist", help="Search among candidates, with a bundle that was exported so.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of ONNX Runtime; by default all there are.")
     ] = None,
@@ -127,7 +147,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Score a checkpoint or a bundle: word and phoneme error rate (g2p), or BLEU and chrF (text)."""
-    decoder, task, data = _load(model, precision, threads)
+    decoder, task, data = _load(model, precision, threads, shortlist=shortlist)
     if tsv or source or target:
         read = _given_pairs(source, target, tsv)
     else:
@@ -143,7 +163,7 @@ def evaluate(
         )
     if output:
         _write_answers(output, found, pairs)
-    _print(model, found, beam_size, as_json=as_json)
+    _print(model, found, beam_size, shortlist=shortlist, as_json=as_json)
 
 
 def _given_pairs(source: Path | None, target: Path | None, tsv: Path | None) -> Pairs:
@@ -159,9 +179,11 @@ def _tell_empty(read: Pairs) -> None:
         typer.echo(f"left out: {read.empty:,} pairs that are empty on one side or both", err=True)
 
 
-def _load(model: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
+def _load(model: Path, precision: Precision, threads: int | None, *, shortlist: bool) -> tuple[Decoder, str, Data]:
     if (model / MANIFEST).is_file():
-        return _load_bundle(model, precision, threads)
+        return _load_bundle(model, precision, threads, shortlist=shortlist)
+    if shortlist:
+        raise ConfigError(f"--shortlist: {model} is no bundle; a checkpoint is searched exactly, by PyTorch")
     if precision != "fp32":
         raise ConfigError(f"--precision {precision}: {model} is no bundle; a checkpoint is run by PyTorch in fp32")
     from model.checkpoint import load_checkpoint
@@ -179,7 +201,9 @@ def _load(model: Path, precision: Precision, threads: int | None) -> tuple[Decod
     return decoder, config.task, config.data
 
 
-def _load_bundle(bundle: Path, precision: Precision, threads: int | None) -> tuple[Decoder, str, Data]:
+def _load_bundle(
+    bundle: Path, precision: Precision, threads: int | None, *, shortlist: bool
+) -> tuple[Decoder, str, Data]:
     from export.cpu import available_cpus
     from export.runtime import OnnxGreedyModel, RuntimeOptions
     from model.tokenizer import Tokenizer
@@ -187,8 +211,11 @@ def _load_bundle(bundle: Path, precision: Precision, threads: int | None) -> tup
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     options = RuntimeOptions(threads=threads or available_cpus())
+    steps = OnnxGreedyModel(bundle, manifest, precision, options)
+    if shortlist:
+        steps = OnnxGreedyModel(bundle, manifest, precision, options, shortlist_of=steps)
     decoder = Decoder(
-        OnnxGreedyModel(bundle, manifest, precision, options),
+        steps,
         Tokenizer.load(bundle / manifest.source_tokenizer),
         Tokenizer.load(bundle / manifest.target_tokenizer),
         manifest.limits.longest_source,
@@ -208,16 +235,18 @@ def _write_answers(path: Path, found: Evaluation, pairs: Sequence[Pair]) -> None
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
-def _print(model: Path, found: Evaluation, beam_size: int, *, as_json: bool) -> None:
+def _print(model: Path, found: Evaluation, beam_size: int, *, shortlist: bool, as_json: bool) -> None:
     if as_json:
         values = {
             "model": str(model),
             "sources": len(found.sources),
             "too_long": found.too_long,
             "beam_size": beam_size,
+            "shortlist": shortlist,
         }
         typer.echo(json.dumps(values | dict(found.metrics)))
         return
     figures = "  ".join(f"{name.upper()} {value:.2f}" for name, value in found.metrics.items())
     too_long = f", {found.too_long} of them too long and answered with nothing" if found.too_long else ""
-    typer.echo(f"{figures}  ({len(found.sources):,} sources{too_long}; beam {beam_size})")
+    how = f"beam {beam_size}, shortlist" if shortlist else f"beam {beam_size}"
+    typer.echo(f"{figures}  ({len(found.sources):,} sources{too_long}; {how})")

@@ -141,6 +141,9 @@ def decoder_graph(model: Transformer, target_vocabulary: int, sizes: ExampleSize
 LOG_PROBABILITIES = "log_probabilities"
 """Name of the traced decoder's output that the writer takes the best of, and that does not leave the graph."""
 
+CANDIDATE_IDS = "memory.candidate_ids"
+"""Name of the input with the vocabulary ids of a shortlist's candidates, where log-probabilities are over those."""
+
 TOP_INPUT = TensorSpec(name="top", role="top", dtype="int64", axes=(1,))
 """How many candidates the decoder graph is to return; added to the traced graph by the writer."""
 

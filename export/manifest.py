@@ -20,6 +20,9 @@ MANIFEST = "bundle.json"
 FORMAT = 3
 """Version of the bundle's format; a reader refuses any other."""
 
+SHORTLIST_VALUES, SHORTLIST_ANSWERS = "shortlist_log_probabilities", "shortlist_equal_answers"
+"""Figures of a shortlist's parity: the largest difference from PyTorch, and answers that are the exact search's."""
+
 Precision = Literal["fp32", "int8", "fp16"]
 
 
@@ -87,6 +90,26 @@ class GraphSpec(Frozen):
         ]
 
 
+class Shortlist(Frozen):
+    """The graphs of a search among a few candidates for each sentence."""
+
+    size: int = Field(ge=1)
+    """Candidates of each sentence."""
+    candidates: GraphSpec
+    """Source to the candidates' ids and rows of the output projection: memory that the decoder reads besides."""
+    decoder: GraphSpec
+    """One step as `Graphs.decoder`, whose log-probabilities are over the candidates."""
+    greedy: GraphSpec
+    """Several greedy steps of it in one call."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for spec in self.candidates.outputs:
+            if spec.axes[1:2] != (self.size,):
+                raise ValueError(f"{spec.name} has the axes {spec.axes}, a shortlist of {self.size} needs that many")
+        return self
+
+
 class Graphs(Frozen):
     """The graphs of one precision."""
 
@@ -98,6 +121,16 @@ class Graphs(Frozen):
     """Several greedy steps in one call; who has no use for it need not have it."""
     generate: GraphSpec | None = None
     """The whole search in one file that needs no other, where it was asked for: the server does without it."""
+    shortlist: Shortlist | None = None
+    """A search among candidates, where it was asked for: answers are exact without it."""
+
+    @property
+    def all(self) -> list[GraphSpec]:
+        """Every graph there is."""
+        short = self.shortlist
+        shortlist = (short.candidates, short.decoder, short.greedy) if short else ()
+        found = (self.encoder, self.decoder, self.greedy, self.generate, *shortlist)
+        return [graph for graph in found if graph is not None]
 
 
 class SpecialIds(Frozen):
@@ -201,16 +234,16 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         named = [self.source_tokenizer, self.target_tokenizer]
-        graphs = [
-            graph for one in self.graphs.values() for graph in (one.encoder, one.decoder, one.greedy, one.generate)
-        ]
-        named += [graph.file for graph in graphs if graph is not None]
+        named += [graph.file for one in self.graphs.values() for graph in one.all]
         for path in (*named, *self.files):
             if Path(path).is_absolute() or ".." in Path(path).parts:
                 raise ValueError(f"{path!r} points out of the bundle")
         missing = [path for path in named if path not in self.files]
         if missing:
             raise ValueError(f"no checksum for {', '.join(missing)}")
+        for one in self.graphs.values():
+            if one.shortlist is not None and one.shortlist.size > self.target_vocabulary:
+                raise ValueError(f"a shortlist of {one.shortlist.size} from a vocabulary of {self.target_vocabulary}")
         return self
 
 

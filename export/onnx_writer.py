@@ -17,7 +17,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_map_with_path
 
 from export.graph_bytes import OPSET
-from export.graphs import LOG_PROBABILITIES, TOP_INPUT, TOP_OUTPUTS, Exported, wanted_input
+from export.graphs import CANDIDATE_IDS, LOG_PROBABILITIES, TOP_INPUT, TOP_OUTPUTS, Exported, wanted_input
 from export.manifest import TensorSpec
 from export.optimise import best_tokens, drop_unused, reads
 from model.options import LARGEST_BEAM
@@ -70,6 +70,8 @@ def finish(model: ModelProto, exported: Exported) -> Exported:
         if spec.name == LOG_PROBABILITIES:
             positions = next(one.name for one in exported.inputs if one.role == "target_ids")
             _add_top(model, int(spec.axes[-1]), positions)
+            if any(one.name == CANDIDATE_IDS for one in exported.inputs):
+                _name_candidates(model)
             outputs += TOP_OUTPUTS
         else:
             outputs.append(spec)
@@ -104,6 +106,21 @@ def _add_top(model: ModelProto, vocabulary: int, positions: str) -> None:
     )
     for made, spec in zip(best, TOP_OUTPUTS, strict=True):
         model.graph.node.append(helper.make_node("Reshape", [made, "batch_query_top"], [spec.name]))
+
+
+def _name_candidates(model: ModelProto) -> None:
+    """Let the best tokens be ids of the vocabulary where they are places among a sentence's candidates."""
+    places, name = "top_places", TOP_OUTPUTS[1].name
+    maker = next(node for node in model.graph.node if name in node.output)
+    maker.output[:] = [places]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, -1]), "sentence_rows"))
+    model.graph.node.extend(
+        [
+            helper.make_node("Reshape", [places, "sentence_rows"], [f"{places}_rows"]),
+            helper.make_node("GatherElements", [CANDIDATE_IDS, f"{places}_rows"], [f"{name}_of_sentence"], axis=1),
+            helper.make_node("Reshape", [f"{name}_of_sentence", "batch_query_top"], [name]),
+        ]
+    )
 
 
 def _add_switch(model: ModelProto, spec: TensorSpec) -> None:

@@ -53,7 +53,7 @@ def quantise(model: ModelProto, ranges: Ranges) -> ModelProto:
                 nodes.append(_levels_of(x, ranges[x], added))
             nodes += _product(node, values, turned, added)
         elif node.op_type == "Gather" and values.get(node.input[0], np.zeros(0)).ndim == 2:
-            nodes += _lookup(node, values[node.input[0]], added)
+            nodes += lookup(node, values[node.input[0]], added)
         elif node.output[0] not in turned:
             nodes.append(node)
     used = {name for node in nodes for name in node.input}
@@ -131,8 +131,14 @@ def _product(
     ]
 
 
-def _lookup(node: NodeProto, table: Array, added: dict[str, Array]) -> list[NodeProto]:
-    """An embedding: rows of bytes, each with its scale; only those that are looked up become floats."""
+def lookup(node: NodeProto, table: Array, added: dict[str, Array]) -> list[NodeProto]:
+    """An embedding: rows of bytes, each with its scale; only those that are looked up become floats.
+
+    Args:
+        node: a Gather from a table.
+        table: its values.
+        added: gets the constants that the nodes read.
+    """
     (weight, ids), name = node.input, node.output[0]
     scale = _scale(table, 1)[:, None]
     added |= {f"{weight}_table": _levels(table, scale), f"{weight}_scales": scale}

@@ -71,7 +71,11 @@ class ResidentStepModel:
         """See `StepModel.encode`; the memory stays on the device."""
         names, feeds = self._steps.encoder_call(source_ids, source_mask, attention)
         resident = {spec.name for spec in self._steps.memory_specs}
-        return self._steps.as_memory(run_bound(self._steps.encoder, feeds, names, resident, self._device), source_mask)
+        found = run_bound(self._steps.encoder, feeds, names, resident, self._device)
+        if self._steps.candidates is not None:
+            names, feeds = self._steps.candidates_call(source_ids, source_mask)
+            found |= run_bound(self._steps.candidates, feeds, names, resident, self._device)
+        return self._steps.as_memory(found, source_mask)
 
     def step(self, question: Question) -> Step:
         """See `StepModel.step`; of a state that lies on the device, what is new of it stays there too."""

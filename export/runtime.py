@@ -80,6 +80,8 @@ class OnnxStepModel:
         manifest: its description.
         precision: which graphs.
         options: how to run them.
+        shortlist_of: a model with the same encoder. With it the search is among each sentence's candidates; by default
+            it is exact.
 
     Attributes:
         memory: see `StepModel.memory`.
@@ -90,25 +92,40 @@ class OnnxStepModel:
         options: how they are run.
         encoder: session of the encoder.
         decoder: session of the decoder.
+        candidates: session of the graph that finds a sentence's candidates, where the search is among those.
+        most: candidates that a step can return.
         memory_specs: the decoder's inputs that hold the memory.
         state_specs: the decoder's inputs that hold the state.
         next_names: for each of them, the output with what is new of it.
 
     Raises:
-        BundleError: the bundle has no such precision, or its graphs are not what the manifest says.
+        BundleError: the bundle has no such precision or no shortlist, or its graphs are not what the manifest says.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, precision: Precision, options: RuntimeOptions | None = None
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        precision: Precision,
+        options: RuntimeOptions | None = None,
+        *,
+        shortlist_of: "OnnxStepModel | None" = None,
     ) -> None:
         if precision not in manifest.graphs:
             raise BundleError(f"{bundle}: has no precision {precision!r}, only {', '.join(manifest.graphs)}")
         self.graphs: Graphs = manifest.graphs[precision]
+        if shortlist_of is not None and self.graphs.shortlist is None:
+            raise BundleError(f"{bundle}: {precision} has no shortlist: export the model again with --shortlist")
         self.source_vocabulary, self.vocabulary = manifest.source_vocabulary, manifest.target_vocabulary
         self.options = options or RuntimeOptions()
-        self.encoder = self._session(bundle, self.graphs.encoder)
-        self.decoder = self._session(bundle, self.graphs.decoder)
-        decoder = self.graphs.decoder
+        self._shortlist = None if shortlist_of is None else self.graphs.shortlist
+        self.most = self.vocabulary if self._shortlist is None else self._shortlist.size
+        decoder = self.graphs.decoder if self._shortlist is None else self._shortlist.decoder
+        self.encoder: ort.InferenceSession = (
+            self._session(bundle, self.graphs.encoder) if shortlist_of is None else shortlist_of.encoder
+        )
+        self.candidates = None if self._shortlist is None else self._session(bundle, self._shortlist.candidates)
+        self.decoder = self._session(bundle, decoder)
         following = {spec.feeds: spec.name for spec in decoder.outputs if spec.role == "state"}
         self.memory_specs = [spec for spec in decoder.inputs if spec.role == "memory"]
         self.state_specs = [spec for spec in decoder.inputs if spec.role == "state"]
@@ -130,7 +147,11 @@ class OnnxStepModel:
     ) -> Memory:
         """See `StepModel.encode`."""
         names, feeds = self.encoder_call(source_ids, source_mask, attention)
-        return self.as_memory(dict(zip(names, self.encoder.run(names, feeds), strict=True)), source_mask)
+        found = dict(zip(names, self.encoder.run(names, feeds), strict=True))
+        if self.candidates is not None:
+            names, feeds = self.candidates_call(source_ids, source_mask)
+            found |= zip(names, self.candidates.run(names, feeds), strict=True)
+        return self.as_memory(found, source_mask)
 
     def step(self, question: Question) -> Step:
         """See `StepModel.step`."""
@@ -144,12 +165,17 @@ class OnnxStepModel:
             ValueError: an id that the encoder has no embedding for.
         """
         _check_ids("source_ids", source_ids, self.source_vocabulary)
-        names = [*(spec.name for spec in self.memory_specs), *(["encoder_attention"] if attention else [])]
+        names = [*self.graphs.encoder.names("memory"), *(["encoder_attention"] if attention else [])]
         feeds = {"source_ids": source_ids, "source_mask": source_mask, "want_encoder_attention": np.array(attention)}
         return names, feeds
 
+    def candidates_call(self, source_ids: Array, source_mask: Array) -> tuple[list[str], dict[str, Any]]:
+        """Outputs to fetch from the graph that finds candidates, none for an exact search, and its inputs."""
+        names = [] if self._shortlist is None else self._shortlist.candidates.names("memory")
+        return names, {"source_ids": source_ids, "source_mask": source_mask}
+
     def as_memory(self, found: Mapping[str, Any], source_mask: Array) -> Memory:
-        """What the encoder returned."""
+        """What the encoder returned, and the graph that finds candidates."""
         tensors = tuple(found[spec.name] for spec in self.memory_specs)
         return Memory(tensors, source_mask, found.get("encoder_attention"))
 
@@ -170,7 +196,7 @@ class OnnxStepModel:
             "past_visible": question.past_visible,
             "next_ids": question.next_ids,
             "source_mask": question.memory.source_mask,
-            "top": np.array([question.top]),
+            "top": np.array([min(question.top, self.most)]),
             **_wanted(families),
         }
         return names, feeds | self._kept(question)
@@ -207,18 +233,26 @@ class OnnxGreedyModel(OnnxStepModel):
         manifest: its description.
         precision: which graphs.
         options: how to run them.
+        shortlist_of: see `OnnxStepModel`.
 
     Raises:
         BundleError: the bundle has no such precision or no such graph, or its graphs are not what the manifest says.
     """
 
     def __init__(
-        self, bundle: Path, manifest: Manifest, precision: Precision, options: RuntimeOptions | None = None
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        precision: Precision,
+        options: RuntimeOptions | None = None,
+        *,
+        shortlist_of: OnnxStepModel | None = None,
     ) -> None:
-        super().__init__(bundle, manifest, precision, options)
-        if self.graphs.greedy is None:
+        super().__init__(bundle, manifest, precision, options, shortlist_of=shortlist_of)
+        greedy = self.graphs.greedy if self._shortlist is None else self._shortlist.greedy
+        if greedy is None:
             raise BundleError(f"{bundle}: {precision} has no graph for several steps: export the model again")
-        self._greedy = self._session(bundle, self.graphs.greedy)
+        self._greedy = self._session(bundle, greedy)
 
     def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
         """See `StepsAhead.greedy`."""

@@ -77,12 +77,14 @@ class Parity:
         quality: metrics of PyTorch and of each precision on the same sources.
         answers: how many sources were decoded.
         equal: how many of each precision's answers equal PyTorch's.
+        tokens: ids of each precision's answers.
     """
 
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
     quality: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: int = 0
     equal: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, list[list[int]]] = field(default_factory=dict, repr=False)
 
 
 def verify(
@@ -106,12 +108,12 @@ def verify(
     reference = TorchStepModel(checkpoint.model)
     for precision, model in models.items():
         parity.differences[precision] = compare_values(reference, model, checkpoint)
-        problems += _over_tolerance(precision, parity.differences[precision])
-    expected = _evaluate(reference, checkpoint, pairs, lambda count: progress("PyTorch", count))
+        problems += over_tolerance(precision, parity.differences[precision])
+    expected = decode_pairs(reference, checkpoint, pairs, lambda count: progress("PyTorch", count))
     parity.answers, parity.quality["torch"] = len(expected.answers), dict(expected.metrics)
     for precision, model in models.items():
-        found = _evaluate(model, checkpoint, pairs, lambda count, name=precision: progress(name, count))  # type: ignore[misc]
-        parity.quality[precision] = dict(found.metrics)
+        found = decode_pairs(model, checkpoint, pairs, lambda count, name=precision: progress(name, count))  # type: ignore[misc]
+        parity.quality[precision], parity.tokens[precision] = dict(found.metrics), found.tokens
         parity.equal[precision] = sum(a == b for a, b in zip(expected.tokens, found.tokens, strict=True))
         problems += _wrong_answers(precision, expected, found)
     if problems:
@@ -193,11 +195,13 @@ def _distance(left: np.ndarray | None, right: np.ndarray | None) -> float:
         raise VerificationError(
             f"the export differs from the checkpoint: a shape of {right.shape}, expected {left.shape}"
         )
-    difference = float(np.abs(left - right).max(initial=0.0))
+    # Where both rule something out, both are minus infinity.
+    difference = float(np.abs(np.subtract(left, right, where=left != right, out=np.zeros(left.shape))).max(initial=0.0))
     return difference if np.isfinite(difference) else float("inf")
 
 
-def _over_tolerance(precision: Precision, differences: Mapping[str, float]) -> list[str]:
+def over_tolerance(precision: Precision, differences: Mapping[str, float]) -> list[str]:
+    """What to say of each output that differs by more than TOLERANCES allows."""
     return [
         f"{precision} {name} by {differences[name]:.2e}, the limit is {limit:.0e}"
         for name, limit in TOLERANCES[precision].items()
@@ -205,9 +209,10 @@ def _over_tolerance(precision: Precision, differences: Mapping[str, float]) -> l
     ]
 
 
-def _evaluate(
+def decode_pairs(
     model: StepModel, checkpoint: Checkpoint, pairs: Sequence[Pair], progress: Callable[[int], None]
 ) -> Evaluation:
+    """Decode the sources, greedily, and score the answers."""
     limits = checkpoint.config.model
     decoder = Decoder(model, checkpoint.source, checkpoint.target, limits.longest_source, limits.longest_target)
     return evaluate(decoder, checkpoint.config.task, pairs, progress=progress)

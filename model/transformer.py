@@ -41,6 +41,8 @@ class Decoded(NamedTuple):
     """Attention to the source, one tensor a layer."""
     state: list[KeyValue]
     """Self-attention keys and values of the new positions, one pair a layer: a later step's past."""
+    features: Float[Tensor, "batch query d_model"]
+    """What the output projection makes the logits of."""
 
 
 class Output(NamedTuple):
@@ -129,7 +131,8 @@ class Decoder(nn.Module):
             decoder_attention.append(self_weights)
             cross_attention.append(cross_weights)
             state.append(new)
-        return Decoded(self.projection(self.norm(x)), decoder_attention, cross_attention, state)
+        features = self.norm(x)
+        return Decoded(self.projection(features), decoder_attention, cross_attention, state, features)
 
 
 class Transformer(nn.Module):

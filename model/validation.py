@@ -7,10 +7,10 @@ import torch
 from model.batches import Example, bucket, collate
 from model.config import Config
 from model.evaluate import Decoder, evaluate
+from model.forced import score
 from model.loss import token_loss
 from model.pairs import Pairs, sample_pairs
 from model.picture import AttentionPicture
-from model.search import score
 from model.tokenizer import Tokenizer
 from model.torch_steps import TorchStepModel
 from model.transformer import Transformer

@@ -113,6 +113,7 @@ def ask(
     prefix: options.Prefix = None,
     suppress: options.Suppress = None,
     no_repeat_ngram: options.NoRepeat = None,
+    shortlist: options.Shortlist = False,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -136,6 +137,7 @@ def ask(
         prefix=prefix,
         suppressed=suppress,
         no_repeat_ngram=no_repeat_ngram,
+        shortlist=shortlist,
         sampling=options.chosen_sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
     )
     view = View(

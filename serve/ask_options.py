@@ -28,6 +28,7 @@ WITHOUT_EFFECT = {
         "top_k",
         "top_p",
         "seed",
+        "shortlist",
         "stream",
     ),
 }
@@ -117,6 +118,14 @@ NoRepeat = Annotated[
     int | None,
     typer.Option(
         "--no-repeat-ngram", rich_help_panel=SEARCH, metavar="N", help="Let no run of so many tokens occur twice."
+    ),
+]
+Shortlist = Annotated[
+    bool,
+    typer.Option(
+        "--shortlist",
+        rich_help_panel=SEARCH,
+        help="Choose among a few candidates that the source suggests: faster, not exact.",
     ),
 ]
 

@@ -1,6 +1,6 @@
 """The continuous batcher: what is decoded together, from step to step. It knows no queue.
 
-tickets ──► admit: encoder passes ──► lanes, one a beam size ──► step, step, step ──► each result as it is ready
+tickets ──► admit: encoder passes ──► lanes of like searches ──► step, step, step ──► each result as it is ready
 ▲                        │
 sentences join between steps    finished, cancelled, expired ones leave
 """
@@ -9,19 +9,27 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from model.errors import InvalidRequestError
+from model.forced import score
 from model.reading import read
-from model.search import STEPS_AHEAD, Decoding, Hypothesis, Sentence, score
+from model.search import STEPS_AHEAD, Decoding, Hypothesis, Sentence
 from model.steps import Family, Memory, StepModel
 from serve.errors import EngineError, ExpiredError
 from serve.jobs import Decoded, EngineLimits, Ticket
 
 log = logging.getLogger(__name__)
+
+
+class Kind(NamedTuple):
+    """What searches that share a lane have in common."""
+
+    beam_size: int
+    shortlist: bool
 
 
 class Batcher:
@@ -30,11 +38,12 @@ class Batcher:
     Args:
         model: what computes the steps.
         limits: what to take on at a time.
+        shortlist: computes the steps of searches among candidates; without it there is to be none.
     """
 
-    def __init__(self, model: StepModel, limits: EngineLimits) -> None:
-        self._model, self._limits = model, limits
-        self._lanes: dict[int, Lane] = {}
+    def __init__(self, model: StepModel, limits: EngineLimits, shortlist: StepModel | None = None) -> None:
+        self._models, self._limits = {False: model, True: shortlist or model}, limits
+        self._lanes: dict[Kind, Lane] = {}
         self._counted: tuple[int, int, int] | None = None
 
     @property
@@ -75,50 +84,58 @@ class Batcher:
         return self._counted
 
     def admit(self, tickets: Sequence[Ticket]) -> None:
-        """Read the sources of some jobs, in one pass, and let them join; or score them, if that is what they want."""
+        """Read the sources of some jobs, and let them join; or score them, if that is what they want.
+
+        Those with a shortlist and those without are read apart: what a step remembers of them is not alike.
+        """
         self._counted = None
+        for shortlist, model in self._models.items():
+            if together := [ticket for ticket in tickets if ticket.job.shortlist == shortlist]:
+                self._admit(model, together, shortlist)
+
+    def _admit(self, model: StepModel, tickets: Sequence[Ticket], shortlist: bool) -> None:
         sources = [ticket.job.source for ticket in tickets]
         wanted = any("encoder" in ticket.job.attention for ticket in tickets)
         try:
-            memory = read(self._model, sources, attention=wanted)
+            memory = read(model, sources, attention=wanted)
             begun = [_begun(ticket, memory.encoder_attention, index) for index, ticket in enumerate(tickets)]
             if tickets[0].job.target is not None:
                 families = frozenset().union(*(ticket.job.attention for ticket in tickets))
                 targets = [ticket.job.target or [] for ticket in tickets]
                 penalties = [ticket.job.options.length_penalty for ticket in tickets]
-                scored = score(self._model, sources, targets, penalties, memory, families)
+                scored = score(model, sources, targets, penalties, memory, families)
                 for ticket, before, hypothesis in zip(tickets, begun, scored, strict=True):
                     ticket.finish(Decoded(before.encoder_attention, [_only(ticket.job.attention, hypothesis)]))
                 return
             for width in dict.fromkeys(ticket.job.options.beam_size for ticket in tickets):
                 indices = [index for index, ticket in enumerate(tickets) if ticket.job.options.beam_size == width]
-                self._join(
-                    width, memory, indices, [tickets[index] for index in indices], [begun[index] for index in indices]
-                )
+                chosen = [tickets[index] for index in indices]
+                self._join(Kind(width, shortlist), memory, indices, chosen, [begun[index] for index in indices])
         except Exception:
             log.exception("a batch of %d could not be read", len(tickets))
             _fail(tickets)
 
     def _join(
         self,
-        width: int,
+        kind: Kind,
         memory: Memory,
         indices: Sequence[int],
         tickets: Sequence[Ticket],
         begun: Sequence[Decoded],
     ) -> None:
-        lane = self._lanes.setdefault(width, Lane(self._model, width, self._limits.call_seconds))
+        model = self._models[kind.shortlist]
+        lane = self._lanes.setdefault(kind, Lane(model, kind.beam_size, self._limits.call_seconds))
         try:
             lane.join(memory, indices, tickets, begun)
         except Exception:
             log.exception("%d sentences could not join %d others", len(tickets), len(lane.tickets))
             _fail([*tickets, *lane.tickets])  # half joined, it is of no use to anybody
-            del self._lanes[width]
+            del self._lanes[kind]
 
     def step(self) -> None:
         """One decoder step, or a few, for everything that is under way."""
         self._counted = None
-        for width, lane in list(self._lanes.items()):
+        for kind, lane in list(self._lanes.items()):
             try:
                 lane.drop_unwanted()
                 if not lane.empty:
@@ -126,14 +143,14 @@ class Batcher:
             except Exception:
                 log.exception("a step of %d rows failed", lane.decoding.rows)
                 _fail(lane.tickets)
-                del self._lanes[width]
+                del self._lanes[kind]
             else:
                 if lane.empty:
-                    del self._lanes[width]
+                    del self._lanes[kind]
 
 
 class Lane:
-    """The running batch of one beam size.
+    """The running batch of one kind.
 
     Args:
         model: what computes the steps.

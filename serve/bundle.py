@@ -33,6 +33,7 @@ class ServedModel:
         precision: of its weights.
         provider: what runs it, "cpu" or "cuda".
         threads: that one run may use.
+        shortlist: the graphs of a search among candidates, if the bundle has them.
     """
 
     manifest: Manifest
@@ -42,6 +43,7 @@ class ServedModel:
     precision: Precision
     provider: str
     threads: int
+    shortlist: StepModel | None = None
 
 
 def load_model(
@@ -65,12 +67,16 @@ def load_model(
     chosen = choose_provider(provider)
     options = RuntimeOptions(providers=PROVIDERS[chosen], threads=count)
     found = precision or default_precision(manifest, chosen)
-    graphs = (OnnxStepModel if chosen == "cuda" else OnnxGreedyModel)(bundle, manifest, found, options)
+    made = OnnxStepModel if chosen == "cuda" else OnnxGreedyModel
+    graphs = made(bundle, manifest, found, options)
     if PROVIDERS[chosen][0] not in graphs.providers:
         if provider == "auto":
             return load_model(bundle, provider="cpu", precision=precision, threads=threads)
         raise ProviderError(f"ONNX Runtime could not start {PROVIDERS[chosen][0]} and fell back to {graphs.providers}")
-    steps: StepModel = ResidentStepModel(graphs) if chosen == "cuda" else graphs
+    steps = _where_it_belongs(graphs, chosen)
+    shortlist = None
+    if manifest.graphs[found].shortlist is not None:
+        shortlist = _where_it_belongs(made(bundle, manifest, found, options, shortlist_of=graphs), chosen)
     source, target = (
         Tokenizer.load(bundle / manifest.source_tokenizer),
         Tokenizer.load(bundle / manifest.target_tokenizer),
@@ -79,9 +85,14 @@ def load_model(
         raise BundleError(
             f"{bundle}: the tokenizers have {len(source)} and {len(target)} entries, not what the graphs take"
         )
-    model = ServedModel(manifest, source, target, steps, found, chosen, count)
+    model = ServedModel(manifest, source, target, steps, found, chosen, count, shortlist)
     warm_up(model)
     return model
+
+
+def _where_it_belongs(graphs: OnnxStepModel, provider: str) -> StepModel:
+    """A device keeps memory and state to itself."""
+    return ResidentStepModel(graphs) if provider == "cuda" else graphs
 
 
 def choose_provider(wanted: Provider) -> str:
@@ -115,7 +126,10 @@ def warm_up(model: ServedModel) -> None:
     longest = min(4, model.manifest.limits.longest_target)
     try:
         answers = [
-            search(model.steps, [[END]], [SearchOptions(longest=longest, beam_size=width)])[0][0] for width in (1, 2)
+            search(steps, [[END]], [SearchOptions(longest=longest, beam_size=width)])[0][0]
+            for steps in (model.steps, model.shortlist)
+            if steps is not None
+            for width in (1, 2)
         ]
     except (InvalidRequestError, NotANumberError) as error:  # without constraints, only infinity rules everything out
         raise BundleError(f"{model.manifest.name}: the warm-up gave log-probabilities that are no numbers") from error

@@ -80,6 +80,7 @@ class WantedSearch(TypedDict, total=False):
     no_repeat_ngram: int | None
     suppressed: Iterable[str] | None
     sampling: Sampling | None
+    shortlist: bool | None
 
 
 class WantedAttention(TypedDict, total=False):

@@ -59,6 +59,7 @@ class Asked:
     source: list[Token]
     options: SearchOptions
     wanted: AttentionWanted
+    shortlist: bool = False
 
     def job(self, deadline: float | None, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
         """For the engine.
@@ -71,6 +72,7 @@ class Asked:
         return Job(
             source=[token.id for token in self.source],
             options=self.options,
+            shortlist=self.shortlist,
             target=target,
             attention=frozenset(self.wanted.families),
             deadline=deadline,

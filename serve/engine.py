@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 
+from model.errors import InvalidRequestError
 from model.steps import StepModel
 from serve.batcher import Batcher
 from serve.errors import ExpiredError, QueueFullError, ShuttingDownError
@@ -23,12 +24,16 @@ class Engine:
     Args:
         model: what computes the steps.
         limits: what to take on at a time.
+        shortlist: computes the steps of searches among candidates, where the model has them.
     """
 
-    def __init__(self, model: StepModel, limits: EngineLimits | None = None) -> None:
+    def __init__(
+        self, model: StepModel, limits: EngineLimits | None = None, shortlist: StepModel | None = None
+    ) -> None:
         self._limits = limits or EngineLimits()
         self._vocabulary = model.vocabulary
-        self._batcher = Batcher(model, self._limits)
+        self._has_shortlist = shortlist is not None
+        self._batcher = Batcher(model, self._limits, shortlist)
         self._queue: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -49,11 +54,13 @@ class Engine:
         """Queue a job.
 
         Raises:
-            InvalidRequestError: its options name an id that the vocabulary does not have.
+            InvalidRequestError: its options name an id that the vocabulary does not have; or it asks for a shortlist
+                where there is none, or one that does not go with the rest.
             QueueFullError: too many are waiting.
             ShuttingDownError: the engine takes no more.
         """
         job.options.check_vocabulary(self._vocabulary)  # here, where it is no fault of a batch
+        self._check_shortlist(job)
         ticket = Ticket(job)
         with self._changed:
             if self._stopping or not self.alive:
@@ -67,6 +74,15 @@ class Engine:
             self._queue.append(ticket)
             self._changed.notify()
         return ticket
+
+    def _check_shortlist(self, job: Job) -> None:
+        if not job.shortlist:
+            return
+        if not self._has_shortlist:
+            raise InvalidRequestError("shortlist", "this model has none; export it with --shortlist")
+        if job.options.prefix or job.target is not None:
+            given = "prefix" if job.target is None else "target"
+            raise InvalidRequestError("shortlist", f"may lack tokens of the {given}: leave one of them out")
 
     def stop(self, timeout: float | None = None) -> bool:
         """Refuse new jobs, finish those at hand and waiting; returns whether that was done in time (seconds)."""

@@ -52,6 +52,7 @@ class Job:
     Attributes:
         source: ids, the end token last.
         options: how to search.
+        shortlist: search among the candidates that the source suggests.
         target: ids to score instead of searching, the end token last.
         attention: families to return.
         deadline: second of `time.monotonic` after which nobody wants the answer any more.
@@ -60,6 +61,7 @@ class Job:
 
     source: list[int]
     options: SearchOptions
+    shortlist: bool = False
     target: list[int] | None = None
     attention: frozenset[Family] = NO_FAMILIES
     deadline: float | None = None

@@ -206,7 +206,7 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     """
     calls = Calls(options.limits.queue + 2 * options.limits.rows)
     server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
-    engine = Engine(model.steps, options.limits)
+    engine = Engine(model.steps, options.limits, model.shortlist)
     limelight_pb2_grpc.add_LimelightServiceServicer_to_server(LimelightService(model, engine), server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)

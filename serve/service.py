@@ -5,6 +5,7 @@ from __future__ import annotations  # grpc's classes are generic to mypy alone
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -111,7 +112,7 @@ class LimelightService(rpc.LimelightServiceServicer):
 
     def _understand(self, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Asked:
         options = search_options(request.search, self._model.manifest.limits.longest_target, self._model.target)
-        return self._asked(request, options)
+        return replace(self._asked(request, options), shortlist=request.search.shortlist)
 
     def _understand_pair(self, request: pb.ScoreRequest) -> tuple[Asked, list[Token]]:
         longest = self._model.manifest.limits.longest_target

@@ -10,8 +10,9 @@ from export.halve import halve, halve_specs
 from export.manifest import BundleError, TensorSpec, check_files, read_manifest
 from export.verify import METRIC_LOSS, TOLERANCES
 from export.verify_generate import generate, open_generate
+from model.forced import score
 from model.grid import Grid
-from model.search import SearchOptions, score, search
+from model.search import SearchOptions, search
 from model.steps import Array
 from tests.export.case import LENGTH, SOURCES, ask, case_of
 from tests.export.test_generate import some_sources

@@ -20,8 +20,9 @@ from export.manifest import Precision
 from export.resident import Mover, ResidentStepModel, ResidentStore, run_bound
 from export.runtime import OnnxStepModel, RuntimeOptions
 from export.store_graphs import Tensor
+from model.forced import score
 from model.grid import Grid
-from model.search import Decoding, Hypothesis, SearchOptions, score
+from model.search import Decoding, Hypothesis, SearchOptions
 from model.steps import ALL_FAMILIES, Array, Family, Memory, Question, Step, StepModel, pad
 from model.vocabulary import BEGIN, END
 from tests.export.case import SOURCES, case_of

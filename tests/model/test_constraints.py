@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import InvalidRequestError
+from model.forced import score
 from model.options import SearchOptions
-from model.search import Decoding, score, search
+from model.search import Decoding, search
 from model.steps import ALL_FAMILIES, pad
 from model.vocabulary import BEGIN, END
 from tests.model.searching import (

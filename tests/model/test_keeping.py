@@ -7,7 +7,8 @@ import weakref
 import numpy as np
 import pytest
 
-from model.search import Decoding, score
+from model.forced import score
+from model.search import Decoding
 from model.steps import ALL_FAMILIES, Array, Memory, Question, Step, pad
 from model.vocabulary import END
 from tests.model.searching import SOURCES, assert_same, options

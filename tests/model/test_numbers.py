@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from model.errors import NotANumberError
-from model.search import score, search
+from model.forced import score
+from model.search import search
 from model.steps import Array, Question, Step
 from model.vocabulary import BEGIN, END
 from tests.model.searching import SOURCES, alone, assert_same, options

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import InvalidRequestError
-from model.search import Decoding, Hypothesis, Sampling, SearchOptions, Sentence, score, search
+from model.forced import score
+from model.search import Decoding, Hypothesis, Sampling, SearchOptions, Sentence, search
 from model.steps import Family, StepModel, pad
 from model.torch_steps import TorchStepModel
 from model.vocabulary import END

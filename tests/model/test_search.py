@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from model.errors import InvalidRequestError
-from model.search import Decoding, Node, Sentence, score, search
+from model.forced import score
+from model.search import Decoding, Node, Sentence, search
 from model.steps import ALL_FAMILIES, Array, Family, pad
 from model.vocabulary import BEGIN, END
 from tests.model.searching import FAMILIES, SOURCES, alone, assert_same, beam_search_in_loops, options, steps

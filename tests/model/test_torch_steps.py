@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from model.forced import score
 from model.grid import Grid
-from model.search import SearchOptions, score, search
+from model.search import SearchOptions, search
 from model.steps import Family, pad
 from model.torch_steps import TorchStepModel
 from model.vocabulary import BEGIN, END

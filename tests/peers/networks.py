@@ -123,7 +123,7 @@ class Watched(Decoding):
             totals = self._totals[place, :, None] + values[place]
             for some in (totals.ravel(), totals[ids[place] != END]):
                 ranked = np.sort(some[some > -np.inf])[::-1]
-                ahead = ranked[self.width - 1] - ranked[self.width] if len(ranked) > self.width else np.inf
+                ahead = ranked[self._width - 1] - ranked[self._width] if len(ranked) > self._width else np.inf
                 self.margins[id(sentence)] = min(self.margins[id(sentence)], ahead)
 
 

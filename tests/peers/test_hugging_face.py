@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.search import score
+from model.forced import score
 from model.steps import ALL_FAMILIES, pad
 from model.torch_steps import TorchStepModel
 from model.vocabulary import BEGIN, END, PAD

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from export.manifest import Precision
 from model.errors import InvalidRequestError
-from model.search import Sampling, SearchOptions, score, search
+from model.forced import score
+from model.search import Sampling, SearchOptions, search
 from model.steps import ALL_FAMILIES, Array, Memory, StepModel
 from model.torch_steps import TorchStepModel
 from model.vocabulary import END

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from model.search import Node, SearchOptions, score
+from model.forced import score
+from model.search import Node, SearchOptions
 from model.steps import NO_FAMILIES, Family
 from serve.errors import EngineError
 from serve.jobs import Decoded

@@ -192,6 +192,7 @@ class SearchOptions(_message.Message):
     NO_REPEAT_NGRAM_FIELD_NUMBER: _builtins.int
     SUPPRESSED_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    SHORTLIST_FIELD_NUMBER: _builtins.int
     beam_size: _builtins.int
     """Hypotheses kept at a time, 1 to 16; 1, the default, is greedy search."""
     hypotheses: _builtins.int
@@ -210,6 +211,11 @@ class SearchOptions(_message.Message):
     """What the answer must begin with. Its tokens count towards length, log-probability and score."""
     no_repeat_ngram: _builtins.int
     """No run of so many tokens occurs twice; 0, the default, allows any."""
+    shortlist: _builtins.bool
+    """Choose each token among a few candidates that the source suggests, with probabilities among these alone: faster, and
+    now and then another answer. Only with a model that was exported so, and without a prefix. By default the search is
+    exact.
+    """
     @_builtins.property
     def suppressed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tokens that are never generated, as the vocabulary writes them; at most 256."""
@@ -231,10 +237,11 @@ class SearchOptions(_message.Message):
         no_repeat_ngram: _builtins.int | None = ...,
         suppressed: _abc.Iterable[_builtins.str] | None = ...,
         sampling: Global___Sampling | None = ...,
+        shortlist: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_coverage_penalty", b"_coverage_penalty", "_hypotheses", b"_hypotheses", "_length_penalty", b"_length_penalty", "_longest", b"_longest", "_no_repeat_ngram", b"_no_repeat_ngram", "_shortest", b"_shortest", "beam_size", b"beam_size", "coverage_penalty", b"coverage_penalty", "hypotheses", b"hypotheses", "length_penalty", b"length_penalty", "longest", b"longest", "no_repeat_ngram", b"no_repeat_ngram", "sampling", b"sampling", "shortest", b"shortest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_coverage_penalty", b"_coverage_penalty", "_hypotheses", b"_hypotheses", "_length_penalty", b"_length_penalty", "_longest", b"_longest", "_no_repeat_ngram", b"_no_repeat_ngram", "_shortest", b"_shortest", "beam_size", b"beam_size", "coverage_penalty", b"coverage_penalty", "hypotheses", b"hypotheses", "length_penalty", b"length_penalty", "longest", b"longest", "no_repeat_ngram", b"no_repeat_ngram", "prefix", b"prefix", "sampling", b"sampling", "shortest", b"shortest", "suppressed", b"suppressed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_coverage_penalty", b"_coverage_penalty", "_hypotheses", b"_hypotheses", "_length_penalty", b"_length_penalty", "_longest", b"_longest", "_no_repeat_ngram", b"_no_repeat_ngram", "_shortest", b"_shortest", "beam_size", b"beam_size", "coverage_penalty", b"coverage_penalty", "hypotheses", b"hypotheses", "length_penalty", b"length_penalty", "longest", b"longest", "no_repeat_ngram", b"no_repeat_ngram", "prefix", b"prefix", "sampling", b"sampling", "shortest", b"shortest", "shortlist", b"shortlist", "suppressed", b"suppressed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beam_size: _TypeAlias = _typing.Literal["beam_size"]  # noqa: Y015
     _WhichOneofArgType__beam_size: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size"]  # noqa: Y015
