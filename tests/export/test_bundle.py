@@ -25,7 +25,7 @@ FILES = {
     *(
         f"{precision}/{file}"
         for precision in ("fp32", "int8")
-        for file in ("encoder.onnx", "decoder.onnx", "weights.bin")
+        for file in ("encoder.onnx", "decoder.onnx", "greedy.onnx", "weights.bin")
     ),
 }
 SINGLE_FILES = {"fp32/generate.onnx", "int8/generate.onnx"}
