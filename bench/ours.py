@@ -9,7 +9,7 @@ from export.manifest import read_manifest
 from export.resident import Device, ResidentStepModel
 from export.runtime import PROVIDERS, OnnxGreedyModel, OnnxStepModel, RuntimeOptions
 from model.reading import read
-from model.search import Decoding, Hypothesis, SearchOptions
+from model.search import STEPS_AHEAD, Decoding, Hypothesis, SearchOptions
 from model.steps import Family, StepModel
 
 GRAPHS: dict[str, Graphs] = {"float32": "fp32", "int8": "int8", "float16": "fp16"}
@@ -33,7 +33,7 @@ def decode_ours(
     memory = read(model, sources, attention="encoder" in families)
     sentences = decoding.join(memory, range(len(sources)), options, [families] * len(sources))
     while decoding.sentences:
-        decoding.step()
+        decoding.step(STEPS_AHEAD)
     return [sentence.results() for sentence in sentences]
 
 
