@@ -13,9 +13,6 @@ from model.hypotheses import Hypothesis, Node
 from model.options import SearchOptions
 from model.steps import NO_FAMILIES, Family
 
-TOKEN_BYTES = 24
-"""Of a token on the wire: id, text, span and log-probability."""
-
 Settled = Callable[["Decoded", Sequence[Node]], None]
 
 
@@ -35,14 +32,6 @@ class Decoded:
 
     encoder_attention: Float[np.ndarray, "layer head source source"] | None
     hypotheses: list[Hypothesis]
-
-    @property
-    def size(self) -> int:
-        """Bytes that it takes on the wire, about."""
-        arrays = [self.encoder_attention]
-        arrays += [weights for one in self.hypotheses for weights in (one.cross_attention, one.decoder_attention)]
-        tokens = sum(len(one.tokens) for one in self.hypotheses)
-        return TOKEN_BYTES * tokens + sum(weights.nbytes for weights in arrays if weights is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

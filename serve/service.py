@@ -35,9 +35,6 @@ from serve.stream import TokenStream
 
 Result = TypeVar("Result")
 
-SMALL = 4096
-"""Bytes that are converted on the event loop, in a fraction of a millisecond: handing them to a thread takes longer."""
-
 
 class LimelightService(rpc.LimelightServiceServicer):
     """Answers from one model.
@@ -50,16 +47,16 @@ class LimelightService(rpc.LimelightServiceServicer):
     def __init__(self, model: ServedModel, engine: Engine) -> None:
         self._model, self._engine = model, engine
         self._version = pb.ModelVersion(name=model.manifest.name, version=model.manifest.version)
-        # Tokenising and packing take time in proportion to the text: beyond a size, not on the event loop.
+        # Tokenising and packing take time in proportion to the text: not on the event loop.
         self._pool = ThreadPoolExecutor(2, "limelight-convert")
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> pb.GenerateResponse:
         """See limelight.proto."""
-        asked = await self._convert(lambda: self._understand(request), request.ByteSize())
+        asked = await self._off_loop(lambda: self._understand(request))
         decoded = await self._decode(asked.job(deadline_in(context.time_remaining())))
-        return await self._convert(lambda: self._answer(asked, decoded), decoded.size)
+        return await self._off_loop(lambda: self._answer(asked, decoded))
 
     async def GenerateStream(
         self,
@@ -67,8 +64,8 @@ class LimelightService(rpc.LimelightServiceServicer):
         context: grpc.aio.ServicerContext[pb.GenerateStreamRequest, pb.GenerateStreamResponse],
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """See limelight.proto."""
-        asked = await self._convert(lambda: self._understand(request), request.ByteSize())
-        stream = TokenStream(self._model, asked, self._version, self._convert)
+        asked = await self._off_loop(lambda: self._understand(request))
+        stream = TokenStream(self._model, asked, self._version, self._off_loop)
         job = asked.job(deadline_in(context.time_remaining()), on_settled=stream.on_settled)
         ticket = self._engine.submit(job)
         try:
@@ -81,10 +78,10 @@ class LimelightService(rpc.LimelightServiceServicer):
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[pb.ScoreRequest, pb.ScoreResponse]
     ) -> pb.ScoreResponse:
         """See limelight.proto."""
-        asked, target = await self._convert(lambda: self._understand_pair(request), request.ByteSize())
+        asked, target = await self._off_loop(lambda: self._understand_pair(request))
         ids = [token.id for token in target]
         decoded = await self._decode(asked.job(deadline_in(context.time_remaining()), target=ids))
-        return await self._convert(lambda: self._scored(asked, request.target, decoded), decoded.size)
+        return await self._off_loop(lambda: self._scored(asked, request.target, decoded))
 
     async def GetModel(
         self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse]
@@ -101,9 +98,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         finally:
             ticket.cancel()  # harmless when done; frees the row when the caller is gone
 
-    async def _convert(self, work: Callable[[], Result], size: int) -> Result:
-        if size <= SMALL:
-            return work()
+    async def _off_loop(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def _check_name(self, name: str) -> None:

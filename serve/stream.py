@@ -12,7 +12,7 @@ from serve.convert import Asked, check_size, encoder_attention, hypothesis_messa
 from serve.jobs import Decoded
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
-Convert = Callable[[Callable[[], pb.GenerateStreamResponse], int], Awaitable[pb.GenerateStreamResponse]]
+OffLoop = Callable[[Callable[[], pb.GenerateStreamResponse]], Awaitable[pb.GenerateStreamResponse]]
 
 
 class TokenStream:
@@ -22,11 +22,11 @@ class TokenStream:
         model: what is served.
         asked: the request.
         version: which model answers.
-        convert: makes an event of so many bytes, elsewhere than on the event loop if they are many.
+        off_loop: runs what takes long elsewhere than on the event loop.
     """
 
-    def __init__(self, model: ServedModel, asked: Asked, version: pb.ModelVersion, convert: Convert) -> None:
-        self._model, self._asked, self._version, self._convert = model, asked, version, convert
+    def __init__(self, model: ServedModel, asked: Asked, version: pb.ModelVersion, off_loop: OffLoop) -> None:
+        self._model, self._asked, self._version, self._off_loop = model, asked, version, off_loop
         self._loop = asyncio.get_running_loop()
         self._spans = SpanStream(model.target)
         self._taken = 0
@@ -53,12 +53,12 @@ class TokenStream:
             finally:
                 getter.cancel()
         decoded = future.result()
-        yield await self._convert(lambda: self._end(decoded), decoded.size)
+        yield await self._off_loop(lambda: self._end(decoded))
 
     async def _event(self, item: Decoded | Node) -> pb.GenerateStreamResponse:
         if isinstance(item, Node):
             return self._token(item)
-        return await self._convert(lambda: self._start(item), item.size)
+        return await self._off_loop(lambda: self._start(item))
 
     def _start(self, begun: Decoded) -> pb.GenerateStreamResponse:
         attention = encoder_attention(self._asked.wanted, begun.encoder_attention)
