@@ -22,6 +22,7 @@ from model.vocabulary import END
 from serve.batcher import Batcher
 from serve.bundle import load_model
 from serve.jobs import Decoded, EngineLimits, Job, Ticket
+from tests.model.steps import SeedAhead, SeedModel
 from tests.model.toy import small_transformer
 from tests.reversal import Reversal
 from tests.serve.jobs import LONG, SHORT, encoded_alone, job, result
@@ -238,3 +239,21 @@ def crowd(count: int, beam_size: int) -> list[Arrival]:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_graphs_give_it_within_a_tolerance(graphs: dict[str, StepModel], precision: str, beam_size: int) -> None:
     assert_within(precision, furthest(graphs[precision], crowd(40, beam_size)))
+
+
+@pytest.mark.parametrize(("seconds", "several"), [(0.0, False), (60.0, True)])
+def test_several_steps_are_taken_in_one_call_as_long_as_it_is_short(seconds: float, several: bool) -> None:
+    model = SeedAhead(6, seed=1, end=-5)
+    batcher = Batcher(model, EngineLimits(call_seconds=seconds))
+    ticket = Ticket(Job(source=[5, 6, END], options=SearchOptions(longest=12)))
+    batcher.admit([ticket])
+    calls = 0
+    while batcher.busy:
+        batcher.step()
+        calls += 1
+    assert (
+        ticket.future.result().hypotheses
+        == search(SeedModel(6, seed=1, end=-5), [[5, 6, END]], [ticket.job.options], frozenset())[0]
+    )
+    assert bool(model.taken) == several
+    assert calls == (2 if several else 12)
