@@ -230,7 +230,7 @@ class Decoding:
         self._refuse_no_numbers(np.all(values < np.inf, axis=1, keepdims=True))
         if needed:
             for sentence, own, steps in zip(sentences, columns, taken.tolist(), strict=True):
-                sentence.look_ahead(made.cross_attention, made.decoder_attention, own, steps)
+                sentence.look(made.cross_attention, made.decoder_attention, steps, own)
         self._take(ids, values, taken)
 
     def _choose_one(self, values: Float[np.ndarray, "sentence top"], ids: Int[np.ndarray, "sentence top"]) -> None:

@@ -7,9 +7,10 @@ from jaxtyping import Float, Int
 
 from model.constraints import Constraints
 from model.errors import InvalidRequestError
-from model.hypotheses import Chain, Glimpse, Hypothesis, Node, bound
+from model.hypotheses import Chain, Hypothesis, Node, bound
 from model.options import SearchOptions
 from model.steps import Family
+from model.trail import Glimpse, Trail
 
 
 class Sentence:
@@ -34,7 +35,7 @@ class Sentence:
         self.place, self.age = 0, 0
         self.constraints = Constraints(options, vocabulary)
         self._source_length = source_length
-        self._trail: list[Glimpse] = []
+        self._trail = Trail(options.beam_size)
         self._finished: list[tuple[float, Chain]] = []
         self._settled: list[Node] = []
         self._error: InvalidRequestError | None = None
@@ -46,53 +47,28 @@ class Sentence:
 
     def look(
         self,
-        cross: Float[np.ndarray, "sentence layer head row source"] | None,
-        decoder: Float[np.ndarray, "sentence layer head row read"] | None,
+        cross: Float[np.ndarray, "sentence layer head step_row source"] | None,
+        decoder: Float[np.ndarray, "sentence layer head step_row read"] | None,
+        steps: int = 1,
+        columns: Int[np.ndarray, " read"] | None = None,
     ) -> None:
-        """Keep what its rows looked at in a step, of the families that are needed: copies, of nothing but that.
+        """Keep what its rows looked at, of the families that are needed: copies, of nothing but that.
 
         Args:
             cross: of all sentences.
             decoder: of all sentences, over what each row has read, its new token last.
-        """
-        own_cross = own_decoder = None
-        if cross is not None and "cross" in self.needed:
-            own_cross = cross[self.place, ..., : self._source_length].copy()
-        if decoder is not None and "decoder" in self.needed:
-            own_decoder = decoder[self.place, ..., : self.age + 1].copy()
-        if own_cross is not None or own_decoder is not None:
-            self._trail.append(Glimpse(own_cross, own_decoder))
-
-    def look_ahead(
-        self,
-        cross: Float[np.ndarray, "sentence layer head step source"] | None,
-        decoder: Float[np.ndarray, "sentence layer head step target"] | None,
-        columns: Int[np.ndarray, " target"],
-        steps: int,
-    ) -> None:
-        """Keep what its one row looked at in several steps, of the families that are needed.
-
-        Args:
-            cross: of all sentences.
-            decoder: of all sentences.
-            columns: where that has what this one has read, step by step.
             steps: how many of the steps are its own.
+            columns: where `decoder` has what its row has read, unless it is in that order already.
         """
         own_cross = own_decoder = None
+        own, read = slice(steps * self.options.beam_size), self.age + steps
         if cross is not None and "cross" in self.needed:
-            own_cross = cross[self.place, :, :, :steps, : self._source_length].copy()
+            own_cross = cross[self.place, :, :, own, : self._source_length].copy()
         if decoder is not None and "decoder" in self.needed:
-            own_decoder = decoder[self.place, :, :, :steps].take(columns[: self.age + steps], -1)
-        if own_cross is None and own_decoder is None:
-            return
-        for t in range(steps):
-            row = slice(t, t + 1)
-            self._trail.append(
-                Glimpse(
-                    None if own_cross is None else own_cross[:, :, row],
-                    None if own_decoder is None else own_decoder[:, :, row, : self.age + t + 1],
-                )
-            )
+            looks = decoder[self.place, :, :, own]
+            own_decoder = looks[..., :read].copy() if columns is None else looks.take(columns[:read], -1)
+        if own_cross is not None or own_decoder is not None:
+            self._trail.add(Glimpse(self.age, own_cross, own_decoder))
 
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""
@@ -117,8 +93,7 @@ class Sentence:
         """
         if self._error is not None:
             raise self._error
-        kept = [glimpse._replace(cross=glimpse.cross if "cross" in self.attention else None) for glimpse in self._trail]
-        return [chain.hypothesis(score, kept) for score, chain in self._best()]
+        return [chain.hypothesis(score, self._trail, self.attention) for score, chain in self._best()]
 
     def settle(self, live: Sequence[Chain]) -> list[Node]:
         """Tokens that every hypothesis still in play shares, from the first: what a stream can already send."""
@@ -134,11 +109,12 @@ class Sentence:
         return self._settled
 
     def _node(self, chain: Chain, t: int) -> Node:
+        cross, decoder = self._trail.step(chain.rows, t)
         return Node(
             int(chain.tokens[t]),
             float(chain.log_probabilities[t]),
-            chain.cross_row(self._trail, t) if "cross" in self.attention else None,
-            chain.decoder_row(self._trail, t),
+            cross if "cross" in self.attention else None,
+            decoder,
         )
 
     def _best(self) -> list[tuple[float, Chain]]:

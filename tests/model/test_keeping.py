@@ -61,7 +61,7 @@ def test_what_is_kept_is_as_large_as_what_was_looked_at() -> None:
     (short,) = decoding.join(model.encode(*pad([[5, END]])), [0], [chosen], [ALL_FAMILIES])
     for age in range(1, 5):
         decoding.step()
-        glimpse = short._trail[-1]
+        glimpse = short._trail._glimpses[-1]
         assert glimpse.cross is not None
         assert glimpse.decoder is not None
         assert glimpse.cross.shape == (1, 2, 3, 2)
