@@ -41,7 +41,7 @@ __all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "Search
 SHORTEST_HISTORY = 32
 """Tokens that histories have room for to begin with."""
 
-LEAVE_TOGETHER = 8
+LEAVE_TOGETHER = 3
 """Of so many sentences that take several steps in one call, one may have to wait for the others' last ones."""
 
 STEPS_AHEAD = 16
@@ -130,7 +130,7 @@ class Decoding:
 
         Args:
             most: take up to so many steps, if the model can take them by itself and nothing is to be decided between
-                them. They end early when an eighth of the sentences, or the only one, has come to its end.
+                them. They end early when a third of the sentences, or the only one, has come to its end.
 
         Raises:
             NotANumberError: the model gave NaN for what can still become an answer. This decoding is of no use then.
