@@ -4,15 +4,15 @@
     python -m bench.decode --full      all of it; --resume goes on after an interrupt
 
 Both decode the same ids with the same beam, length penalty and length limit, in the same batches, each in a process of
-its own on the same processors. The cells of a group (everything equal but attention) take turns in every round, in an
-order that is reversed from round to round; `ours` and `peer` are medians of the rounds, `ratio` the median of the
-rounds' ratios. One round before them warms up, and its answers are compared: `agree` is the share of sentences to which
-both sides give equal ids.
+its own on the same processors. The two take turns in every round, in an order that is reversed from round to round;
+the cells of a group (everything equal but attention) take turns in every batch. `ours` and `peer` are medians of the
+rounds, `ratio` the median of the rounds' ratios. One round before them warms up, and its answers are compared: `agree`
+is the share of sentences to which both sides give equal ids.
 
 Attention "none", "cross" and "all" are the families that ours returns. CTranslate2 returns nothing for "none", and for
 the others the one averaged matrix that it has. `price` is what ours pays: 1 - its tokens/s over those of "none" in the
-same round. `limit_share` is the limit of `bench.limit` over the time taken. Memory is the largest of the whole process,
-Python and libraries included.
+same round. `limit_share` is the limit of `bench.limit` over the time taken. Memory is the largest of the whole process
+up to the end of that attention's first round, Python and libraries included.
 """
 
 import importlib.metadata
@@ -113,17 +113,19 @@ def measure_group(
     """
     batches = round_batches(prepared.sources, group.sentences)
     load, rates = os.getloadavg()[0], machine_rates(group, prepared)
+    attentions = [cell.attention for cell in cells]
+    answers: dict[tuple[Side, Attention], list[list[int]]] = {}
+    memory: dict[tuple[Side, Attention], int] = {}
     with ExitStack() as stack:
-        workers = {
-            (side, cell.attention): stack.enter_context(
-                Worker(group.threads, _job(side, cell, prepared, batches, effort))
-            )
-            for cell in cells
+        workers: dict[Side, Worker] = {
+            side: stack.enter_context(Worker(group.threads, _job(side, group, prepared, batches, effort)))
             for side in SIDES
         }
-        answers = {key: worker.ask({"do": "answers"}) for key, worker in workers.items()}
-        speeds = _take_turns(group, workers, effort, tick)
-        memory = {key: worker.ask({"do": "memory"}) for key, worker in workers.items()}
+        for side, worker in workers.items():
+            for attention in sorted(attentions, key=FULL.attention.index):  # each needs more than the one before
+                ((_, answers[side, attention]),) = worker.ask({"do": "decode", "attention": [attention]})
+                memory[side, attention] = worker.ask({"do": "memory"})
+        speeds = _take_turns(group, workers, attentions, effort, tick)
     about = {
         "rounds": len(next(iter(speeds.values()))),
         "source_tokens": statistics.fmean(len(source) for batch in batches for source in batch),
@@ -146,8 +148,7 @@ def measure_group(
     return rows
 
 
-def _job(side: Side, cell: Cell, prepared: Prepared, batches: list[list[list[int]]], effort: Effort) -> Job:
-    group = cell.group
+def _job(side: Side, group: Group, prepared: Prepared, batches: list[list[list[int]]], effort: Effort) -> Job:
     return Job(
         side=side,
         folder=str(prepared.bundle if side == "ours" else prepared.peer(group.precision)),
@@ -158,7 +159,6 @@ def _job(side: Side, cell: Cell, prepared: Prepared, batches: list[list[list[int
         beam=group.beam,
         longest=prepared.longest,
         length_penalty=LENGTH_PENALTY,
-        attention=cell.attention,
     )
 
 
@@ -166,17 +166,22 @@ Speeds: TypeAlias = dict[tuple[Side, Attention], list[float]]
 
 
 def _take_turns(
-    group: Group, workers: dict[tuple[Side, Attention], Worker], effort: Effort, tick: Callable[[], None]
+    group: Group,
+    workers: dict[Side, Worker],
+    attentions: Sequence[Attention],
+    effort: Effort,
+    tick: Callable[[], None],
 ) -> Speeds:
-    speeds: Speeds = {key: [] for key in workers}
+    speeds: Speeds = {(side, attention): [] for side in workers for attention in attentions}
     end = time.monotonic() + effort.seconds
     for turn in range(effort.rounds):
         if turn >= FEWEST_ROUNDS and time.monotonic() > end:
             break
         # What one side does to caches and clocks, it does to the other as often.
-        for key, worker in list(workers.items())[:: -1 if turn % 2 else 1]:
-            seconds, tokens = worker.ask({"do": "decode"})
-            speeds[key].append(tokens / seconds)
+        for side, worker in list(workers.items())[:: -1 if turn % 2 else 1]:
+            found = worker.ask({"do": "decode", "attention": attentions, "turn": turn})
+            for attention, (seconds, answers) in zip(attentions, found, strict=True):
+                speeds[side, attention].append(sum(map(len, answers)) / seconds)
             if group.threads > 1:
                 time.sleep(PAUSE)
         tick()

@@ -3,8 +3,9 @@
     parent: Worker ── a line of JSON ──►  python -m bench.worker
                    ◄── a line of JSON ──
 
-The first line is the job; then "answers", "decode" and "memory" in any order, or "rates" for the machine itself. Only
-one worker is asked at a time, so several of them take turns on the same processors.
+The first line is the job; then "decode" and "memory" in any order, or "rates" for the machine itself. Only
+one worker is asked at a time, so several of them take turns on the same processors. What differs in attention alone is
+decoded by one process, batch by batch in turns: two processes with the same graphs differ by more than attention costs.
 """
 
 import json
@@ -37,7 +38,6 @@ class Job:
     beam: int
     longest: int
     length_penalty: float
-    attention: str
 
 
 class Side(Protocol):
@@ -73,7 +73,7 @@ class Worker:
             cwd=Path(__file__).parent.parent,
             env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)),
         )
-        self._name = "the measurement of the machine" if job is None else f"{job.side}, attention {job.attention}"
+        self._name = "the measurement of the machine" if job is None else job.side
         self.ask({"cpus": cpus, "job": None if job is None else asdict(job)})
 
     def ask(self, request: Mapping[str, Any]) -> Any:
@@ -121,8 +121,8 @@ def run_worker() -> None:
         elif request["do"] == "memory":
             _say(peak_memory())
         elif job is not None and side is not None:
-            seconds, answers = _decode(side, job, batches)
-            _say(answers if request["do"] == "answers" else [seconds, sum(map(len, answers))])
+            found = _decode(side, job, batches, request["attention"], request.get("turn", 0))
+            _say([found[attention] for attention in request["attention"]])
 
 
 def _open(job: Job) -> Side:
@@ -137,20 +137,26 @@ def _open(job: Job) -> Side:
     return Peer(Path(job.folder), job.precision, job.threads)
 
 
-def _decode(side: Side, job: Job, batches: Sequence[Any]) -> tuple[float, list[list[int]]]:
-    seconds, answers = 0.0, []
-    for batch in batches:
-        begun = time.perf_counter()
-        found = side.decode(
-            batch,
-            beam_size=job.beam,
-            longest=job.longest,
-            length_penalty=job.length_penalty,
-            attention=job.attention,
-        )
-        seconds += time.perf_counter() - begun
-        answers += side.answers(found)
-    return seconds, answers
+def _decode(
+    side: Side, job: Job, batches: Sequence[Any], attentions: Sequence[str], turn: int
+) -> dict[str, tuple[float, list[list[int]]]]:
+    """Seconds and answers with each attention, none of which is always the first."""
+    seconds: dict[str, float] = dict.fromkeys(attentions, 0.0)
+    answers: dict[str, list[list[int]]] = {attention: [] for attention in attentions}
+    for index, batch in enumerate(batches):
+        first = (turn + index) % len(attentions)
+        for attention in [*attentions[first:], *attentions[:first]]:
+            begun = time.perf_counter()
+            found = side.decode(
+                batch,
+                beam_size=job.beam,
+                longest=job.longest,
+                length_penalty=job.length_penalty,
+                attention=attention,
+            )
+            seconds[attention] += time.perf_counter() - begun
+            answers[attention] += side.answers(found)
+    return {attention: (seconds[attention], answers[attention]) for attention in attentions}
 
 
 def _rates(precision: str, weight_bytes: int, threads: int, seconds: float) -> dict[str, float]:

@@ -73,4 +73,5 @@ class Trail:
         """One row of each step."""
         if self._width == 1:
             return looks[:, :, : len(rows)]
-        return looks.take(np.arange(len(rows)) * self._width + rows, 2)
+        chosen: Float[np.ndarray, "layer head step seen"] = looks.take(np.arange(len(rows)) * self._width + rows, 2)
+        return chosen
