@@ -185,21 +185,14 @@ class OnnxStepModel:
         Raises:
             ValueError: an id that the decoder has no embedding for.
         """
-        _check_ids("target_ids", question.target_ids, self.vocabulary)
         _check_ids("next_ids", question.next_ids, self.vocabulary)
-        families = _families(question)
-        names = [*SMALL_OUTPUTS, *self.next_names, *(f"{family}_attention" for family in families)]
-        feeds: dict[str, Any] = {
-            "target_ids": question.target_ids,
-            "positions": question.positions,
+        own = {
             "new_visible": question.new_visible,
-            "past_visible": question.past_visible,
             "next_ids": question.next_ids,
-            "source_mask": question.memory.source_mask,
             "top": np.array([min(question.top, self.most)]),
-            **_wanted(families),
         }
-        return names, feeds | self._kept(question)
+        names, feeds = self._call(question)
+        return [*SMALL_OUTPUTS, *names], feeds | own
 
     def as_step(self, found: Mapping[str, Any]) -> Step:
         """What the decoder returned."""
@@ -210,10 +203,20 @@ class OnnxStepModel:
             state=tuple(found[name] for name in self.next_names),
         )
 
-    def _kept(self, question: Question) -> dict[str, Any]:
-        """Memory and state by the names of the graphs' inputs."""
+    def _call(self, question: Question) -> tuple[list[str], dict[str, Any]]:
+        """What one step and several have in common of their outputs and inputs."""
+        _check_ids("target_ids", question.target_ids, self.vocabulary)
+        families = [family for family in DECODERS if family in question.attention]
         specs, tensors = [*self.memory_specs, *self.state_specs], [*question.memory.tensors, *question.state]
-        return {spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)}
+        feeds: dict[str, Any] = {
+            "target_ids": question.target_ids,
+            "positions": question.positions,
+            "past_visible": question.past_visible,
+            "source_mask": question.memory.source_mask,
+            **{f"want_{family}_attention": np.array(family in families) for family in DECODERS},
+            **{spec.name: tensor for spec, tensor in zip(specs, tensors, strict=True)},
+        }
+        return [*self.next_names, *(f"{family}_attention" for family in families)], feeds
 
     def _session(self, bundle: Path, graph: GraphSpec) -> ort.InferenceSession:
         path = str(bundle / graph.file)
@@ -256,19 +259,9 @@ class OnnxGreedyModel(OnnxStepModel):
 
     def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
         """See `StepsAhead.greedy`."""
-        _check_ids("target_ids", question.target_ids, self.vocabulary)
-        families = _families(question)
-        names = [*CHOSEN, *self.next_names, *(f"{family}_attention" for family in families)]
-        feeds: dict[str, Any] = {
-            "target_ids": question.target_ids,
-            "positions": question.positions,
-            "past_visible": question.past_visible,
-            "source_mask": question.memory.source_mask,
-            "steps": np.array(steps),
-            "fewest": np.array(fewest),
-            **_wanted(families),
-        }
-        found = dict(zip(names, self._greedy.run(names, feeds | self._kept(question)), strict=True))
+        names, feeds = self._call(question)
+        names, feeds = [*CHOSEN, *names], feeds | {"steps": np.array(steps), "fewest": np.array(fewest)}
+        found = dict(zip(names, self._greedy.run(names, feeds), strict=True))
         return GreedySteps(
             ids=found["chosen_ids"],
             log_probabilities=found["chosen_log_probabilities"],
@@ -276,16 +269,6 @@ class OnnxGreedyModel(OnnxStepModel):
             decoder_attention=found.get("decoder_attention"),
             state=tuple(found[name] for name in self.next_names),
         )
-
-
-def _families(question: Question) -> list[Family]:
-    """What the decoder is to return of its attention, in the order of its outputs."""
-    return [family for family in DECODERS if family in question.attention]
-
-
-def _wanted(families: Sequence[Family]) -> dict[str, Any]:
-    """Switches of the decoder's attention."""
-    return {f"want_{family}_attention": np.array(family in families) for family in DECODERS}
 
 
 def _check_ids(name: str, ids: Array, vocabulary: int) -> None:

@@ -191,17 +191,8 @@ class SeedAhead(SeedModel):
         return made
 
 
-class RowAhead(RowModel):
+class RowAhead(SeedAhead, RowModel):
     """The same of what keeps rows."""
-
-    def __init__(self, words: int, seed: int = 0, end: float = 0.0) -> None:
-        super().__init__(words, seed, end)
-        self.taken: list[int] = []
-
-    def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
-        made = one_by_one(self, question, steps, fewest)
-        self.taken.append(len(made.ids))
-        return made
 
 
 def one_by_one(model: StepModel, question: Question, steps: int, fewest: int) -> GreedySteps:
