@@ -24,6 +24,9 @@ from serve.jobs import Decoded, EngineLimits, Ticket
 
 log = logging.getLogger(__name__)
 
+SHORTEST = 1e-9
+"""Seconds that a call takes at least, as far as its pace is concerned."""
+
 
 class Kind(NamedTuple):
     """What searches that share a lane have in common."""
@@ -44,6 +47,7 @@ class Batcher:
     def __init__(self, model: StepModel, limits: EngineLimits, shortlist: StepModel | None = None) -> None:
         self._models, self._limits = {False: model, True: shortlist or model}, limits
         self._lanes: dict[Kind, Lane] = {}
+        self._paces: dict[Kind, Pace] = {}
         self._counted: tuple[int, int, int] | None = None
 
     @property
@@ -123,8 +127,8 @@ class Batcher:
         tickets: Sequence[Ticket],
         begun: Sequence[Decoded],
     ) -> None:
-        model = self._models[kind.shortlist]
-        lane = self._lanes.setdefault(kind, Lane(model, kind.beam_size, self._limits.call_seconds))
+        pace = self._paces.setdefault(kind, Pace(self._limits.call_seconds))
+        lane = self._lanes.setdefault(kind, Lane(self._models[kind.shortlist], kind.beam_size, pace))
         try:
             lane.join(memory, indices, tickets, begun)
         except Exception:
@@ -149,18 +153,37 @@ class Batcher:
                     del self._lanes[kind]
 
 
+class Pace:
+    """How many steps go into one short call, by what the last one took.
+
+    Args:
+        seconds: see `EngineLimits.call_seconds`.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._rate, self._rows = seconds, 0.0, 1
+
+    def steps(self, rows: int) -> int:
+        """Most steps of so many rows: one of more rows may be dearer in proportion, one of fewer counts as dear."""
+        return max(1, min(STEPS_AHEAD, int(self._seconds * self._rate / max(1.0, rows / self._rows))))
+
+    def took(self, rows: int, steps: int, seconds: float) -> None:
+        """Learn from a call."""
+        self._rate, self._rows = steps / max(seconds, SHORTEST), rows
+
+
 class Lane:
     """The running batch of one kind.
 
     Args:
         model: what computes the steps.
         width: the beam size.
-        call_seconds: see `EngineLimits`.
+        pace: of calls of this kind; it outlasts this batch.
     """
 
-    def __init__(self, model: StepModel, width: int, call_seconds: float) -> None:
+    def __init__(self, model: StepModel, width: int, pace: Pace) -> None:
         self.decoding = Decoding(model, width)
-        self._call_seconds, self._most = call_seconds, 1
+        self._pace = pace
         self._under_way: dict[Sentence, tuple[Ticket, Decoded]] = {}
 
     @property
@@ -207,10 +230,9 @@ class Lane:
 
     def step(self) -> None:
         """One step, or as many as fit into one short call; what is ready is handed over."""
-        started, clock = time.perf_counter(), self.decoding.clock
-        stepped = self.decoding.step(self._most)
-        pace = (time.perf_counter() - started) / (self.decoding.clock - clock)
-        self._most = max(1, min(STEPS_AHEAD, int(self._call_seconds / pace)))
+        started, clock, rows = time.perf_counter(), self.decoding.clock, self.decoding.rows
+        stepped = self.decoding.step(self._pace.steps(rows))
+        self._pace.took(rows, self.decoding.clock - clock, time.perf_counter() - started)
         for sentence in stepped:
             ticket, begun = self._under_way[sentence]
             if ticket.job.on_settled is not None:

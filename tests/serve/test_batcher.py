@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from export.manifest import Precision
 from model.errors import InvalidRequestError
 from model.forced import score
-from model.search import Sampling, SearchOptions, search
+from model.search import STEPS_AHEAD, Sampling, SearchOptions, search
 from model.steps import ALL_FAMILIES, Array, Memory, StepModel
 from model.torch_steps import TorchStepModel
 from model.vocabulary import END
-from serve.batcher import Batcher
+from serve.batcher import Batcher, Pace
 from serve.bundle import load_model
 from serve.jobs import Decoded, EngineLimits, Job, Ticket
 from tests.model.steps import SeedAhead, SeedModel
@@ -257,3 +257,36 @@ def test_several_steps_are_taken_in_one_call_as_long_as_it_is_short(seconds: flo
     )
     assert bool(model.taken) == several
     assert calls == (2 if several else 12)
+
+
+def test_what_a_call_took_is_remembered_when_nobody_is_left() -> None:
+    """The second of two that come one after the other need not find out again that several steps fit into a call."""
+    model = SeedAhead(6, seed=1, end=-5)
+    batcher = Batcher(model, EngineLimits(call_seconds=60.0))
+    calls = []
+    for _ in range(2):
+        batcher.admit([Ticket(Job(source=[5, 6, END], options=SearchOptions(longest=12)))])
+        calls.append(0)
+        while batcher.busy:
+            batcher.step()
+            calls[-1] += 1
+    assert calls == [2, 1]
+    assert model.taken == [11, 12]
+
+
+def test_a_call_is_as_long_as_the_last_one_tells() -> None:
+    pace = Pace(0.0101)
+    assert pace.steps(1) == 1  # nothing is known
+    pace.took(rows=2, steps=4, seconds=0.008)
+    assert pace.steps(2) == 5
+    assert pace.steps(1) == 5  # a step of one row may cost as much as of two
+    assert pace.steps(4) == 2
+    assert pace.steps(200) == 1
+    pace.took(rows=2, steps=4, seconds=0.000008)
+    assert pace.steps(2) == STEPS_AHEAD
+
+
+def test_no_time_is_no_step_more() -> None:
+    pace = Pace(0.0)
+    pace.took(rows=1, steps=1, seconds=1e-9)
+    assert pace.steps(1) == 1
