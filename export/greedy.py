@@ -5,8 +5,8 @@
                      └────── ids, positions, visible, state ◄───┘    until `steps`, or no more than `fewest` go on
 
 A short step costs less than what surrounds it: the call, its inputs and outputs, and the choice in Python. The body is
-the finished decoder of any architecture and precision, put in by the roles of its inputs and outputs; its weights are
-the decoder's own.
+the finished decoder of any architecture and precision, put in by the roles of its inputs and outputs, and made simpler
+where one position a sentence allows it (`export.one_query`); its weights are the decoder's own.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,6 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from export.graph_bytes import OPSET
 from export.graphs import Exported
 from export.manifest import TensorSpec
+from export.one_query import Grown, for_one_query
 from export.onnx_writer import switch, value_info
 from export.optimise import drop_unused, reads_of
 from model.options import UNWRITABLE
@@ -90,7 +91,8 @@ class _Assembly:
     """
 
     def __init__(self, decoder: ModelProto, contract: Exported, vocabulary: int) -> None:
-        self.graph = ModelProto.FromString(decoder.SerializeToString()).graph
+        decoder = ModelProto.FromString(decoder.SerializeToString())
+        self.graph = decoder.graph
         self.ir_version, self.contract, self.vocabulary = decoder.ir_version, contract, vocabulary
         self.by_role: dict[str, TensorSpec] = {spec.role: spec for spec in contract.outputs}
         self.states = [spec for spec in contract.inputs if spec.role == "state"]
@@ -100,6 +102,11 @@ class _Assembly:
         self.around = {spec.name for spec in contract.inputs if spec.role in KEPT} - set(self.carried)
         described = (*self.graph.input, *self.graph.output)
         self.types = {value.name: value.type.tensor_type.elem_type for value in described}
+        axes = {spec.name: _past_axis(spec) for spec in self.states}
+        self.grown = {
+            name: Grown(self.news[name].name, f"next_{name}", axis) for name, axis in axes.items() if axis is not None
+        }
+        for_one_query(decoder, self.grown)
 
     def model(self) -> tuple[ModelProto, Exported]:
         """The graph and its contract."""
@@ -144,6 +151,7 @@ class _Assembly:
         names |= {name: f"now_{name}" for name in self.carried} | {name: name for name in self.around}
         names |= {name: f"step_{name}" for name in ("top_ids", "top_log_probabilities")}
         names |= {spec.name: f"{'step' if _grows(spec) else 'loop'}_{spec.name}" for spec in self.looks}
+        names |= {grown.whole: grown.whole for grown in self.grown.values()}
         _rename(self.graph.node, lambda name: names.get(name, f"step/{name}" if name else ""))
         for tensor in self.graph.initializer:
             tensor.name = f"step/{tensor.name}"
@@ -153,10 +161,8 @@ class _Assembly:
         nodes = [*self.graph.node, *parser.parse_graph(CHOICE).node]
         following = ["next_ids", "next_positions", "next_visible"]
         for spec in self.states:
-            new, axis = f"step/{self.news[spec.name].name}", _past_axis(spec)
-            if axis is not None:
-                nodes.append(helper.make_node("Concat", [f"now_{spec.name}", new], [f"next_{spec.name}"], axis=axis))
-            following.append(new if axis is None else f"next_{spec.name}")
+            grown = self.grown.get(spec.name)
+            following.append(f"step/{self.news[spec.name].name}" if grown is None else grown.whole)
         for spec in filter(_grows, self.looks):
             tail = list(parser.parse_graph(TAIL.replace("NAME", spec.name)).node)
             nodes.append(_switched(spec, tail, f"loop_{spec.name}"))

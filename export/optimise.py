@@ -156,7 +156,7 @@ class _Flattening:
                 name if name in self.sizes or (node.op_type == "MatMul" and index) else self.rows(name, width)
                 for index, name in enumerate(node.input)
             ]
-            if _get(node, "axis") is not None:
+            if attribute(node, "axis") is not None:
                 _set(node, "axis", -1)
             if node.op_type == "Split":
                 width //= len(node.output)
@@ -170,7 +170,7 @@ class _Flattening:
         kind, first = node.op_type, node.input[0] if node.input else ""
         if kind == "MatMul" and node.input[1] in self.weights:
             return self.sizes[node.input[1]][0]
-        last = _get(node, "axis") in (None, -1, 2)
+        last = attribute(node, "axis") in (None, -1, 2)
         if kind == "LayerNormalization" and last:
             return self.sizes[node.input[1]][0]
         if kind == "Split" and first in self.widths and len(node.input) == 1 and last:
@@ -323,7 +323,8 @@ def reads_of(node: NodeProto) -> Iterator[str]:
             yield from reads(attribute.g)
 
 
-def _get(node: NodeProto, name: str) -> Any:
+def attribute(node: NodeProto, name: str) -> Any:
+    """Value of a node's attribute; None where it has none of that name."""
     return next((helper.get_attribute_value(one) for one in node.attribute if one.name == name), None)
 
 
