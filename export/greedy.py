@@ -30,6 +30,9 @@ GREEDY = "greedy"
 KEPT = ("target_ids", "positions", "past_visible", "source_mask", "memory", "state", "wanted")
 """Roles of the decoder's inputs that this graph has too."""
 
+VISIBLE = "past_visible"
+"""Of those, the one that gets longer with every step though it is no state."""
+
 CHOSEN = {"chosen_ids": "top_ids", "chosen_log_probabilities": "top_log_probabilities"}
 """What is returned of every step, and which of the decoder's outputs it is chosen from."""
 
@@ -38,25 +41,32 @@ AXES = ("step", "batch")
 
 CHOICE = """
 choice () => () {
-  allowed = Gather (writable, step_top_ids)
-  masked = Add (step_top_log_probabilities, allowed)
-  value, rank = TopK (masked, one)
-  id = GatherElements <axis: int = 2> (step_top_ids, rank)
-  next_ids = Squeeze (id, two)
-  chosen = Squeeze (value, two)
-  ended = Equal (next_ids, end)
-  going_on = Not (ended)
-  next_live = And (live, going_on)
-  live_count = Cast <to: int = 7> (next_live)
-  count = ReduceSum <keepdims: int = 0> (live_count)
-  next_going = Greater (count, fewest)
+  allowed = Gather (writable, row_top_ids)
+  masked = Add (row_top_log_probabilities, allowed)
+  loop_chosen_log_probabilities, rank = TopK (masked, one)
+  next_ids = GatherElements <axis: int = 1> (row_top_ids, rank)
+  loop_chosen_ids = Identity (next_ids)
+  ends = Equal (next_ids, end)
+  next_ended = Or (ended, ends)
+  ended_number = Cast <to: int = 7> (next_ended)
+  ended_count = ReduceSum <keepdims: int = 0> (ended_number)
+  next_going = Less (ended_count, enough)
   next_positions = Add (now_positions, one)
-  next_visible = Concat <axis: int = 2> (now_past_visible, alone)
-  loop_chosen_ids = Squeeze (next_ids, one)
-  loop_chosen_log_probabilities = Squeeze (chosen, one)
 }
 """
 """What follows the decoder in every step, in ONNX's own text."""
+
+BEFORE = """
+before () => () {
+  known = Equal (target_ids, target_ids)
+  first_ended = Not (known)
+  alone = Unsqueeze (known, two)
+  batch_list = Shape <start: int = 0, end: int = 1> (target_ids)
+  batch = Squeeze (batch_list)
+  enough = Sub (batch, fewest)
+}
+"""
+"""What comes before the first of them."""
 
 TAIL = """
 tail () => () {
@@ -98,13 +108,15 @@ class _Assembly:
         self.states = [spec for spec in contract.inputs if spec.role == "state"]
         self.news = {spec.feeds: spec for spec in contract.outputs if spec.role == "state"}
         self.looks = [spec for spec in contract.outputs if spec.role in ("cross_attention", "decoder_attention")]
-        self.carried = ["target_ids", "positions", "past_visible", *(spec.name for spec in self.states)]
+        self.carried = ["target_ids", "positions", VISIBLE, *(spec.name for spec in self.states)]
         self.around = {spec.name for spec in contract.inputs if spec.role in KEPT} - set(self.carried)
         described = (*self.graph.input, *self.graph.output)
         self.types = {value.name: value.type.tensor_type.elem_type for value in described}
-        axes = {spec.name: _past_axis(spec) for spec in self.states}
+        grown = {spec.name: self.news[spec.name].name for spec in self.states} | {VISIBLE: "new_visible"}
         self.grown = {
-            name: Grown(self.news[name].name, f"next_{name}", axis) for name, axis in axes.items() if axis is not None
+            spec.name: Grown(grown[spec.name], f"next_{spec.name}", axis, len(spec.axes))
+            for spec in contract.inputs
+            if spec.name in grown and (axis := _past_axis(spec)) is not None
         }
         for_one_query(decoder, self.grown)
 
@@ -113,13 +125,7 @@ class _Assembly:
         inputs, outputs = self.inputs(), self.outputs()
         self.place_decoder()
         inner, still = self.body()
-        nodes = [
-            helper.make_node("Equal", ["target_ids", "target_ids"], ["first_live"]),
-            helper.make_node("Unsqueeze", ["first_live", "two"], ["alone"]),
-            *still,
-            self.loop(inner),
-            *self.after(),
-        ]
+        nodes = [*parser.parse_graph(BEFORE).node, *still, self.loop(inner), *self.after()]
         weights = [
             *self.graph.initializer,
             *(numpy_helper.from_array(*pair[::-1]) for pair in self.constants().items()),
@@ -149,23 +155,26 @@ class _Assembly:
         """Name the decoder's tensors as the body of the Loop has them, and apart from all others."""
         names = {"new_visible": "alone", "next_ids": "target_ids", "top": "best"}
         names |= {name: f"now_{name}" for name in self.carried} | {name: name for name in self.around}
-        names |= {name: f"step_{name}" for name in ("top_ids", "top_log_probabilities")}
+        names |= {self.rows_of(name): f"row_{name}" for name in ("top_ids", "top_log_probabilities")}
         names |= {spec.name: f"{'step' if _grows(spec) else 'loop'}_{spec.name}" for spec in self.looks}
         names |= {grown.whole: grown.whole for grown in self.grown.values()}
         _rename(self.graph.node, lambda name: names.get(name, f"step/{name}" if name else ""))
         for tensor in self.graph.initializer:
             tensor.name = f"step/{tensor.name}"
 
+    def rows_of(self, output: str) -> str:
+        """What the writer makes this output of: with one position a sentence, [batch top]."""
+        return next(node for node in self.graph.node if output in node.output and node.op_type == "Reshape").input[0]
+
     def body(self) -> tuple[GraphProto, list[NodeProto]]:
         """One step; and apart from it, what is the same in every step."""
         nodes = [*self.graph.node, *parser.parse_graph(CHOICE).node]
-        following = ["next_ids", "next_positions", "next_visible"]
+        following = ["next_ids", "next_positions", self.grown[VISIBLE].whole]
         for spec in self.states:
             grown = self.grown.get(spec.name)
             following.append(f"step/{self.news[spec.name].name}" if grown is None else grown.whole)
         for spec in filter(_grows, self.looks):
-            tail = list(parser.parse_graph(TAIL.replace("NAME", spec.name)).node)
-            nodes.append(_switched(spec, tail, f"loop_{spec.name}"))
+            _lengthen(next(node for node in nodes if f"step_{spec.name}" in node.output), spec)
         value = helper.make_tensor_value_info
         inner = helper.make_graph(
             nodes,
@@ -173,12 +182,12 @@ class _Assembly:
             [
                 value("step", TensorProto.INT64, []),
                 value("going", TensorProto.BOOL, []),
-                value("live", TensorProto.BOOL, None),
+                value("ended", TensorProto.BOOL, None),
                 *(value(f"now_{name}", self.types[name], None) for name in self.carried),
             ],
             [
                 value("next_going", TensorProto.BOOL, []),
-                value("next_live", TensorProto.BOOL, None),
+                value("next_ended", TensorProto.BOOL, None),
                 *(value(out, self.types[name], None) for out, name in zip(following, self.carried, strict=True)),
                 *(value(f"loop_{name}", self.types[like], None) for name, like in CHOSEN.items()),
                 *(value(f"loop_{spec.name}", self.types[spec.name], None) for spec in self.looks),
@@ -205,15 +214,15 @@ class _Assembly:
 
     def loop(self, inner: GraphProto) -> NodeProto:
         """The Loop; what its body does not carry, it reads from the graph around it."""
-        last = ["last_live", *(f"last_{name}" for name in self.carried)]
-        collected = [*CHOSEN, *(f"all_{spec.name}" for spec in self.looks)]
+        last = ["last_ended", *(f"last_{name}" for name in self.carried)]
+        collected = [*(f"all_{name}" for name in CHOSEN), *(f"all_{spec.name}" for spec in self.looks)]
         return helper.make_node(
-            "Loop", ["steps", "yes", "first_live", *self.carried], [*last, *collected], "search", body=inner
+            "Loop", ["steps", "yes", "first_ended", *self.carried], [*last, *collected], "search", body=inner
         )
 
     def after(self) -> list[NodeProto]:
-        """Of what grew, what is new; and the attention of all steps side by side."""
-        nodes = []
+        """Of what grew, what is new; and what was chosen and the attention of all steps side by side."""
+        nodes = [helper.make_node("Squeeze", [f"all_{name}", "two"], [name]) for name in CHOSEN]
         for spec in self.states:
             name, axis, last = self.news[spec.name].name, _past_axis(spec), f"last_{spec.name}"
             if axis is None:
@@ -269,6 +278,14 @@ def _switched(spec: TensorSpec, nodes: list[NodeProto], name: str) -> NodeProto:
     node = switch(spec, nodes)
     node.name, node.output[:] = f"lay_out_{name}", [name]
     return node
+
+
+def _lengthen(wanted: NodeProto, spec: TensorSpec) -> None:
+    """Let the If that makes a step's attention make it as long as the last step's, in place."""
+    then = next(attribute.g for attribute in wanted.attribute if attribute.name == "then_branch")
+    then.node.extend(parser.parse_graph(TAIL.replace("NAME", spec.name)).node)
+    then.output[0].name = spec.name
+    wanted.output[:] = [f"loop_{spec.name}"]
 
 
 def _rename(nodes: Iterable[NodeProto], renamed: Callable[[str], str]) -> None:

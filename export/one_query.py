@@ -26,7 +26,9 @@ class Grown(NamedTuple):
     whole: str
     """Name for both together."""
     axis: int
-    """Along which they are."""
+    """Along which they are joined."""
+    rank: int
+    """How many axes it has."""
 
 
 def for_one_query(decoder: ModelProto, states: Mapping[str, Grown]) -> None:
@@ -46,6 +48,7 @@ def for_one_query(decoder: ModelProto, states: Mapping[str, Grown]) -> None:
     for name, grown in states.items():
         graph.node.append(helper.make_node("Concat", [name, grown.new], [grown.whole], axis=grown.axis))
         graph.output.append(helper.make_tensor_value_info(grown.whole, types[name], None))
+    join_once(graph, states)
     attend_once(graph, states)
     _put_in_order(graph)
     drop_unused(graph)
@@ -53,6 +56,24 @@ def for_one_query(decoder: ModelProto, states: Mapping[str, Grown]) -> None:
     drop_unused(graph)
     del graph.output[:]
     graph.output.extend(outputs)
+
+
+def join_once(graph: GraphProto, states: Mapping[str, Grown]) -> None:
+    """Let what joins a state and its new part read the whole, where that is the same; in place."""
+    wholes = {grown.whole for grown in states.values()}
+    renamed: dict[str, str] = {}
+    nodes = []
+    for node in graph.node:
+        grown = states.get(node.input[0]) if node.op_type == "Concat" and node.output[0] not in wholes else None
+        axes = () if grown is None else (grown.axis, grown.axis - grown.rank)
+        if grown is not None and list(node.input[1:]) == [grown.new] and attribute(node, "axis") in axes:
+            renamed[node.output[0]] = grown.whole
+        else:
+            nodes.append(node)
+    for node in nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def attend_once(graph: GraphProto, states: Mapping[str, Grown]) -> None:
@@ -162,17 +183,16 @@ def drop_transposes(graph: GraphProto, sizes: Mapping[str, Sequence[int]]) -> No
         reshape = makers.get(node.input[0])
         if _only_reshaped(graph, node.output[0], readers, constants):
             renamed[node.output[0]] = node.input[0]
-        elif reshape is not None and reshape.op_type == "Reshape" and readers[node.input[0]] == 1:
-            shape = makers.get(reshape.input[1])
-            if shape is None or shape.op_type != "Concat" or len(shape.input) != len(perm) or not _allows_zero(reshape):
-                nodes.append(node)
-                continue
-            other = f"{node.output[0]}_shape"
+        elif (
+            reshape is not None
+            and reshape.op_type == "Reshape"
+            and readers[node.input[0]] == 1
+            and list(known).count(0) <= 1
+        ):
+            shape = numpy_helper.from_array(np.array([known[axis] or -1 for axis in perm]), f"{node.output[0]}_shape")
+            graph.initializer.append(shape)
             nodes.remove(reshape)
-            nodes += [
-                helper.make_node("Concat", [shape.input[axis] for axis in perm], [other], axis=0),
-                helper.make_node("Reshape", [reshape.input[0], other], node.output, allowzero=1),
-            ]
+            nodes.append(helper.make_node("Reshape", [reshape.input[0], shape.name], node.output))
         else:
             nodes.append(node)
     for node in nodes:
@@ -197,11 +217,6 @@ def _only_reshaped(graph: GraphProto, name: str, readers: Mapping[str, int], con
         and np.all(constants.get(node.input[1], np.zeros(1)) != 0)
     ]
     return len(reshapes) == readers[name]
-
-
-def _allows_zero(reshape: NodeProto) -> bool:
-    """Its shape is meant as it stands: a zero is no reference to an axis of the input."""
-    return bool(attribute(reshape, "allowzero") == 1)
 
 
 def _sizes(model: ModelProto) -> dict[str, list[int]]:
