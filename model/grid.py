@@ -122,8 +122,8 @@ class Grid:
         step = self._model.step(
             Question(
                 target_ids=tokens,
-                positions=np.broadcast_to(self.age[:, None], tokens.shape).copy(),
-                new_visible=np.broadcast_to(self._among, (count, width, width)).copy(),
+                positions=self.age[:, None].repeat(width, 1),
+                new_visible=self._among.repeat(count, 0),
                 past_visible=visible.reshape(count, width, -1),
                 next_ids=next_ids,
                 top=min(top, self._model.vocabulary),
