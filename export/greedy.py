@@ -9,8 +9,6 @@ the finished decoder of any architecture and precision, put in by the roles of i
 where one position a sentence allows it (`export.one_query`); its weights are the decoder's own.
 """
 
-from collections.abc import Callable, Iterable
-
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
 
@@ -19,7 +17,7 @@ from export.graphs import Exported
 from export.manifest import TensorSpec
 from export.one_query import Grown, for_one_query
 from export.onnx_writer import switch, value_info
-from export.optimise import drop_unused, reads_of
+from export.optimise import drop_unused, reads_of, rename
 from model.options import UNWRITABLE
 from model.steps import Array
 from model.vocabulary import END
@@ -158,7 +156,7 @@ class _Assembly:
         names |= {self.rows_of(name): f"row_{name}" for name in ("top_ids", "top_log_probabilities")}
         names |= {spec.name: f"{'step' if _grows(spec) else 'loop'}_{spec.name}" for spec in self.looks}
         names |= {grown.whole: grown.whole for grown in self.grown.values()}
-        _rename(self.graph.node, lambda name: names.get(name, f"step/{name}" if name else ""))
+        rename(self.graph.node, lambda name: names.get(name, f"step/{name}" if name else ""))
         for tensor in self.graph.initializer:
             tensor.name = f"step/{tensor.name}"
 
@@ -286,14 +284,3 @@ def _lengthen(wanted: NodeProto, spec: TensorSpec) -> None:
     then.node.extend(parser.parse_graph(TAIL.replace("NAME", spec.name)).node)
     then.output[0].name = spec.name
     wanted.output[:] = [f"loop_{spec.name}"]
-
-
-def _rename(nodes: Iterable[NodeProto], renamed: Callable[[str], str]) -> None:
-    """Give every tensor another name, in place, in the branches of an If too."""
-    for node in nodes:
-        node.input[:] = map(renamed, node.input)
-        node.output[:] = map(renamed, node.output)
-        for branch in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-            _rename(branch.node, renamed)
-            for value in branch.output:
-                value.name = renamed(value.name)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, shape_inference
 
-from export.optimise import attribute, drop_unused, reads, reads_of
+from export.optimise import attribute, drop_unused, reads, reads_of, rename
 from model.steps import Array
 
 
@@ -44,7 +44,7 @@ def for_one_query(decoder: ModelProto, states: Mapping[str, Grown]) -> None:
             if dim.dim_param == "query":
                 dim.dim_value = 1
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-    outputs = list(graph.output)
+    outputs = len(graph.output)
     for name, grown in states.items():
         graph.node.append(helper.make_node("Concat", [name, grown.new], [grown.whole], axis=grown.axis))
         graph.output.append(helper.make_tensor_value_info(grown.whole, types[name], None))
@@ -54,8 +54,7 @@ def for_one_query(decoder: ModelProto, states: Mapping[str, Grown]) -> None:
     drop_unused(graph)
     drop_transposes(graph, _sizes(decoder))
     drop_unused(graph)
-    del graph.output[:]
-    graph.output.extend(outputs)
+    del graph.output[outputs:]
 
 
 def join_once(graph: GraphProto, states: Mapping[str, Grown]) -> None:
@@ -70,8 +69,7 @@ def join_once(graph: GraphProto, states: Mapping[str, Grown]) -> None:
             renamed[node.output[0]] = grown.whole
         else:
             nodes.append(node)
-    for node in nodes:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
+    rename(nodes, lambda name: renamed.get(name, name))
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -139,7 +137,10 @@ class _Parts:
         whole = (
             weights == others
             and count == middle
+            and bool(axes)
             and axes == other_axes
+            and self.is_number(axes[0], lambda one: one in (-1, grown.rank - 1))
+            and all(self.is_number(step, lambda one: one == 1) for step in axes[1:])
             and self.is_number(begin, lambda one: one == 0)
             and self.is_number(end, lambda one: one >= np.iinfo(np.int32).max)
             and length is not None
@@ -195,8 +196,7 @@ def drop_transposes(graph: GraphProto, sizes: Mapping[str, Sequence[int]]) -> No
             nodes.append(helper.make_node("Reshape", [reshape.input[0], shape.name], node.output))
         else:
             nodes.append(node)
-    for node in nodes:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
+    rename(nodes, lambda name: renamed.get(name, name))
     del graph.node[:]
     graph.node.extend(nodes)
 

@@ -11,7 +11,7 @@ A step is short: what surrounds its matrix products costs as much as they do. So
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -321,6 +321,17 @@ def reads_of(node: NodeProto) -> Iterator[str]:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield from reads(attribute.g)
+
+
+def rename(nodes: Iterable[NodeProto], renamed: Callable[[str], str]) -> None:
+    """Give every tensor another name, in place, in the branches of an If too."""
+    for node in nodes:
+        node.input[:] = map(renamed, node.input)
+        node.output[:] = map(renamed, node.output)
+        for branch in (one.g for one in node.attribute if one.HasField("g")):
+            rename(branch.node, renamed)
+            for value in branch.output:
+                value.name = renamed(value.name)
 
 
 def attribute(node: NodeProto, name: str) -> Any:
