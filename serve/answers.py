@@ -211,6 +211,7 @@ class ModelInfo:
         precision: of its weights, "fp32", "int8" or "fp16".
         provider: what runs it, "cpu" or "cuda".
         quality: of its checkpoint on its own validation data, by metric; all but the loss in percent.
+        shortlist: candidates of each sentence in a search with a shortlist; None where it has none.
     """
 
     name: str
@@ -224,6 +225,7 @@ class ModelInfo:
     precision: str
     provider: str
     quality: Mapping[str, float]
+    shortlist: int | None
 
 
 def _picture(array: AttentionArray, rows: tuple[str, ...], columns: tuple[str, ...]) -> AttentionPicture:

@@ -128,6 +128,7 @@ def read_model(message: pb.GetModelResponse) -> ModelInfo:
         precision=message.precision,
         provider=message.provider,
         quality=dict(message.quality),
+        shortlist=message.shortlist or None,
     )
 
 

@@ -154,6 +154,7 @@ class LimelightService(rpc.LimelightServiceServicer):
 def describe_model(model: ServedModel) -> pb.GetModelResponse:
     """What the served model is, on the wire."""
     manifest = model.manifest
+    shortlist = manifest.graphs[model.precision].shortlist
     families = [
         pb.FamilyShape(family=FAMILY_NUMBERS[family], layers=shape.layers, heads=shape.heads)
         for family, shape in manifest.attention.items()
@@ -169,4 +170,5 @@ def describe_model(model: ServedModel) -> pb.GetModelResponse:
         precision=model.precision,
         provider=model.provider,
         quality={name: value for name, value in manifest.provenance.training.items() if name in LOWER_IS_BETTER},
+        shortlist=0 if shortlist is None else shortlist.size,
     )

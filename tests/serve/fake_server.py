@@ -117,6 +117,7 @@ class FakeService(LimelightServiceServicer):
             precision="fp32",
             provider="cpu",
             quality={"word_error_rate": 24.5},
+            shortlist=16,
         )
 
     def _take(

@@ -211,6 +211,7 @@ def test_describes_the_model(client: Client, service: FakeService) -> None:
     assert info.attention == dict.fromkeys(ALL, FamilyShape(layers=2, heads=3))
     assert info.alignment == Alignment(layers=(1,), heads=(2,))
     assert info.quality == {"word_error_rate": 24.5}
+    assert info.shortlist == 16
     service.aligned = False
     assert client.describe().alignment is None
 

@@ -283,6 +283,7 @@ def test_the_model_describes_itself(running: Running, reversal: Reversal) -> Non
     training = reversal.manifest.provenance.training
     assert dict(found.quality) == {name: training[name] for name in ("loss", "bleu", "chrf")}
     assert not found.HasField("alignment")
+    assert found.shortlist == 0
 
 
 def test_the_heads_that_align_are_told_where_they_were_measured(aligned: Running) -> None:

@@ -70,6 +70,12 @@ def test_letters_of_the_source_are_candidates(client: Client, search: WantedSear
     np.testing.assert_allclose(found_weights, weights, rtol=0, atol=1e-5)
 
 
+def test_the_model_tells_how_many_candidates_there_are(client: Client, running: Running) -> None:
+    assert client.describe().shortlist == SIZE
+    with Client(running.address, timeout=PATIENCE) as other:
+        assert other.describe().shortlist is None
+
+
 def test_only_who_asks_gets_it(client: Client) -> None:
     assert client.generate(ALL).best.text == ALL[::-1]
     assert client.generate(ALL, shortlist=False).best.text == ALL[::-1]

@@ -938,6 +938,7 @@ class GetModelResponse(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
+    SHORTLIST_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """What its outputs are: "g2p" or "text"."""
     architecture: _builtins.str
@@ -950,6 +951,8 @@ class GetModelResponse(_message.Message):
     """Precision of its weights: "fp32", "int8" or "fp16"."""
     provider: _builtins.str
     """What runs it: "cpu" or "cuda"."""
+    shortlist: _builtins.int
+    """Candidates of each sentence in a search with a shortlist; 0 where the model has none."""
     @_builtins.property
     def model(self) -> Global___ModelVersion:
         """Name and version."""
@@ -979,10 +982,11 @@ class GetModelResponse(_message.Message):
         precision: _builtins.str = ...,
         provider: _builtins.str = ...,
         quality: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        shortlist: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_alignment", b"_alignment", "alignment", b"alignment", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alignment", b"_alignment", "alignment", b"alignment", "architecture", b"architecture", "attention", b"attention", "longest_source", b"longest_source", "longest_target", b"longest_target", "model", b"model", "precision", b"precision", "provider", b"provider", "quality", b"quality", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alignment", b"_alignment", "alignment", b"alignment", "architecture", b"architecture", "attention", b"attention", "longest_source", b"longest_source", "longest_target", b"longest_target", "model", b"model", "precision", b"precision", "provider", b"provider", "quality", b"quality", "shortlist", b"shortlist", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alignment: _TypeAlias = _typing.Literal["alignment"]  # noqa: Y015
     _WhichOneofArgType__alignment: _TypeAlias = _typing.Literal["_alignment", b"_alignment"]  # noqa: Y015
