@@ -239,6 +239,7 @@ def _refuse_unknown(wanted: Mapping[str, object], known: type[Wanted] | type[Wan
 
 def _search(wanted: Wanted) -> pb.SearchOptions:
     _refuse_unknown(wanted, Wanted)
+    _refuse_one_string("suppressed", wanted.get("suppressed"))
     sampling = wanted.get("sampling")
     return pb.SearchOptions(
         **{name: wanted.get(name) for name in WantedSearch.__annotations__.keys() - {"sampling"}},  # type: ignore[arg-type]
@@ -247,6 +248,7 @@ def _search(wanted: Wanted) -> pb.SearchOptions:
 
 
 def _attention(wanted: WantedAttention) -> pb.AttentionOptions:
+    _refuse_one_string("attention.families", wanted.get("families"))
     return pb.AttentionOptions(
         families=[_number("attention.families", FAMILIES, family) for family in wanted.get("families", ())],
         layers=wanted.get("layers", ()),
@@ -254,6 +256,12 @@ def _attention(wanted: WantedAttention) -> pb.AttentionOptions:
         reduction=_number("attention.reduction", REDUCTIONS, wanted.get("reduction", "none")),
         float_type=_number("attention.float_type", FLOAT_TYPES, wanted.get("float_type", "float32")),
     )
+
+
+def _refuse_one_string(field: str, value: object) -> None:
+    """A string is iterable too: letter by letter, which nobody means."""
+    if isinstance(value, str):
+        raise InvalidRequestError(field, f"is the one string {value!r}, where a list of strings is needed")
 
 
 def _number(field: str, names: Mapping[Name, Number], name: Name) -> Number:

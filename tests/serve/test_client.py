@@ -284,9 +284,18 @@ def test_what_protobuf_cannot_hold_is_not_sent(client: Client, source: str, beam
         client.stream(source, beam_size=beam_size)
 
 
+def test_a_string_is_no_list_of_its_letters(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match=r"attention.families: is the one string 'cross', where a list of"):
+        client.generate("phone", families="cross")  # type: ignore[arg-type]  # the mistake that is tested
+    with pytest.raises(
+        InvalidRequestError, match=r"suppressed: is the one string 'AH', where a list of strings is need"
+    ):
+        client.stream("phone", suppressed="AH")
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match=r"attention.families: 'c' is unknown: choose from encoder, decoder,"):
-        client.generate("phone", families="cross")  # type: ignore[arg-type]  # the mistake that is tested
+        client.generate("phone", families=["c"])  # type: ignore[list-item]  # the mistake that is tested
     with pytest.raises(
         InvalidRequestError, match=r"attention.reduction: 'sum' is unknown: choose from none, mean, max"
     ):
