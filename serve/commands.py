@@ -14,6 +14,8 @@ from serve.bundle import load_model
 from serve.jobs import EngineLimits
 from serve.server import ServerOptions, serve_until_signal
 
+DEFAULTS = EngineLimits()
+
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, from `limelight export`.")],
@@ -33,8 +35,22 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute; by default as affinity and quota allow.")
     ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Most requests waiting; one more is refused.")] = 1024,
-    rows: Annotated[int, typer.Option(min=1, help="Most rows (sentences times beams) decoded together.")] = 64,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests waiting; one more is refused.")] = DEFAULTS.queue,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Most rows (sentences times beams) decoded together.")
+    ] = DEFAULTS.rows,
+    encode_tokens: Annotated[
+        int, typer.Option(min=1, help="Most padded source tokens read between two decoder steps.")
+    ] = DEFAULTS.encode_tokens,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens, over all rows, that keys and values are kept of.")
+    ] = DEFAULTS.tokens,
+    attention: Annotated[
+        int, typer.Option(min=1, help="Most weights of one attention head kept for answers under way.")
+    ] = DEFAULTS.attention,
+    call_seconds: Annotated[
+        float, typer.Option(min=0, help="Several steps go into one call that ends in this time; 0 takes single steps.")
+    ] = DEFAULTS.call_seconds,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have when stopping.")] = 30.0,
     port_file: Annotated[
         Path | None, typer.Option(help="Write the port here once the server answers; for scripts using port 0.")
@@ -43,7 +59,15 @@ def serve(
     """Serve a bundle over gRPC, with health and reflection, until SIGTERM or Ctrl-C; needs no PyTorch."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     model = load_model(bundle, provider=provider, precision=precision, threads=threads)
-    options = ServerOptions(host=host, port=port, grace=grace, limits=EngineLimits(queue=queue, rows=rows))
+    limits = EngineLimits(
+        queue=queue,
+        rows=rows,
+        encode_tokens=encode_tokens,
+        tokens=tokens,
+        attention=attention,
+        call_seconds=call_seconds,
+    )
+    options = ServerOptions(host=host, port=port, grace=grace, limits=limits)
 
     def ready(bound: int) -> None:
         Console(stderr=True).print(
