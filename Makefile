@@ -15,6 +15,9 @@ TEXT ?= limelight
 ARGS ?=
 
 DEMO := build/demo
+# A bundle of each checkpoint that is tried, so that none is taken for another.
+DEMO_BUNDLE := $(DEMO)/bundles/$(notdir $(CHECKPOINT:/=))
+BENCH_BUNDLE := build/bench/bundles/$(notdir $(CHECKPOINT:/=))
 # None of these words is in the shipped model's training data.
 DEMO_WORDS := podcast quokka emoji selfie doomscrolling
 # What a bundle depends on besides its checkpoint.
@@ -46,9 +49,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) $(DEMO)/bundle/bundle.json ## Export the shipped model, serve it, ask it for unseen words, draw its attention
+demo: $(READY) $(DEMO_BUNDLE)/bundle.json ## Export the shipped model, serve it, ask it for unseen words, draw its attention
 	@rm -f $(DEMO)/port
-	@$(LIMELIGHT) serve $(DEMO)/bundle --port 0 --port-file $(DEMO)/port 2> $(DEMO)/server.log & server=$$!; \
+	@$(LIMELIGHT) serve $(DEMO_BUNDLE) --port 0 --port-file $(DEMO)/port 2> $(DEMO)/server.log & server=$$!; \
 	trap 'kill $$server 2> /dev/null; wait $$server' EXIT; \
 	while ! test -s $(DEMO)/port; do \
 	  kill -0 $$server 2> /dev/null || { cat $(DEMO)/server.log; exit 1; }; sleep 0.1; \
@@ -58,8 +61,11 @@ demo: $(READY) $(DEMO)/bundle/bundle.json ## Export the shipped model, serve it,
 	  --no-heat-map > /dev/null && \
 	echo && echo "pictures: $(DEMO)/attention-*.html (every layer and head) and .png; server log: $(DEMO)/server.log"
 
-$(DEMO)/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) $(EXPORTER) | $(READY)
-	@$(LIMELIGHT) export $(CHECKPOINT) $(DEMO)/bundle $(SHIPPED_DATA) --validation-pairs 1000
+$(DEMO_BUNDLE)/bundle.json: $(CHECKPOINT)/config.json $(wildcard $(CHECKPOINT)/*) $(EXPORTER) | $(READY)
+	@$(LIMELIGHT) export $(CHECKPOINT) $(DEMO_BUNDLE) $(SHIPPED_DATA) --validation-pairs 1000
+
+$(CHECKPOINT)/config.json:
+	@echo "error: $(CHECKPOINT): no such checkpoint folder" >&2; exit 1
 
 train: $(READY) ## Train CONFIG (by default three minutes on built-in data) and report its dev word error rate
 	@$(LIMELIGHT) train $(CONFIG) $(if $(ARGS),$(ARGS),$(QUICK_AGAIN))
@@ -90,11 +96,11 @@ proto: $(READY) ## Generate serve/pb from protos/
 	@PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iserve/pb=protos --python_out=. --grpc_python_out=. \
 	  --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(shell find protos -name '*.proto')
 
-bench: $(READY) build/bench/bundle/bundle.json ## Measure export parity, tokens/s and the price of attention; table and JSON in build/bench/
-	@$(BIN)/python -m bench.first build/bench/bundle --json build/bench/first.json $(ARGS)
+bench: $(READY) $(BENCH_BUNDLE)/bundle.json ## Measure export parity, tokens/s and the price of attention; table and JSON in build/bench/
+	@$(BIN)/python -m bench.first $(BENCH_BUNDLE) --json build/bench/first.json $(ARGS)
 
-build/bench/bundle/bundle.json: $(wildcard $(CHECKPOINT)/*) $(EXPORTER) | $(READY)
-	@$(LIMELIGHT) export $(CHECKPOINT) build/bench/bundle $(SHIPPED_DATA)
+$(BENCH_BUNDLE)/bundle.json: $(CHECKPOINT)/config.json $(wildcard $(CHECKPOINT)/*) $(EXPORTER) | $(READY)
+	@$(LIMELIGHT) export $(CHECKPOINT) $(BENCH_BUNDLE) $(SHIPPED_DATA)
 
 bench-decode: $(READY) ## Measure decoding beside CTranslate2, same weights (ARGS=--full for the whole grid); JSON in bench/results/
 	@$(BIN)/python -m bench.decode --checkpoint $(CHECKPOINT) $(ARGS)
@@ -114,12 +120,12 @@ build/load/%-environment/.ready: bench/load/%.txt constraints.txt
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-wheel-smoke: $(READY) $(DEMO)/bundle/bundle.json ## Build the wheel, install it without torch in an empty environment, serve and ask
+wheel-smoke: $(READY) $(DEMO_BUNDLE)/bundle.json ## Build the wheel, install it without torch in an empty environment, serve and ask
 	@rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel . > /dev/null
 	@$(PYTHON) -m venv build/wheel/venv
 	@build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls build/wheel/*.whl)[serve]"
 	@cd build/wheel && ! venv/bin/python -c 'import torch' 2> /dev/null
-	@cd build/wheel && rm -f port && venv/bin/limelight serve ../demo/bundle --port 0 --port-file port 2> server.log & server=$$!; \
+	@cd build/wheel && rm -f port && venv/bin/limelight serve $(abspath $(DEMO_BUNDLE)) --port 0 --port-file port 2> server.log & server=$$!; \
 	trap 'kill $$server 2> /dev/null; wait $$server' EXIT; \
 	while ! test -s build/wheel/port; do \
 	  kill -0 $$server 2> /dev/null || { cat build/wheel/server.log; exit 1; }; sleep 0.1; \
