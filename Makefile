@@ -31,7 +31,7 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-cuda bench-load bench-profile wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-cuda bench-load bench-profile bench-summary wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,9 @@ bench-cuda: $(READY) ## Measure CPU and CUDA, float16, and state that stays on t
 
 bench-load: $(READY) $(PEERS) ## Measure the server under load beside CTranslate2 and Triton; table and JSON in bench/results/
 	@$(BIN)/python -m bench.serve_load --json bench/results/load.json $(ARGS)
+
+bench-summary: $(READY) ## Write the figures in bench/results/ into docs/performance.md
+	@$(BIN)/python -m bench.summary $(ARGS)
 
 build/load/%-environment/.ready: bench/load/%.txt constraints.txt
 	@echo "setting up $(@D), for bench-load alone"
