@@ -165,7 +165,9 @@ class Pace:
 
     def steps(self, rows: int) -> int:
         """Most steps of so many rows: one of more rows may be dearer in proportion, one of fewer counts as dear."""
-        return max(1, min(STEPS_AHEAD, int(self._seconds * self._rate / max(1.0, rows / self._rows))))
+        if not self._rate:  # nothing is known yet
+            return 1
+        return int(max(1, min(STEPS_AHEAD, self._seconds * self._rate / max(1.0, rows / self._rows))))
 
     def took(self, rows: int, steps: int, seconds: float) -> None:
         """Learn from a call."""

@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out, in tokens and arrays. It knows no gRPC."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
+from model.errors import InvalidRequestError
 from model.hypotheses import Hypothesis, Node
 from model.options import SearchOptions
 from model.steps import NO_FAMILIES, Family
@@ -94,6 +96,10 @@ class EngineLimits:
     that grow beyond it keep what they have, but no more are let in; a single request may have more."""
     call_seconds: float = 0.004
     """Several steps are taken in one call as long as it ends in this time; joining and leaving wait for it."""
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.call_seconds):
+            raise InvalidRequestError("call_seconds", "is no number")
 
 
 @dataclass(eq=False)

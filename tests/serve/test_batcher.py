@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -286,7 +287,14 @@ def test_a_call_is_as_long_as_the_last_one_tells() -> None:
     assert pace.steps(2) == STEPS_AHEAD
 
 
-def test_no_time_is_no_step_more() -> None:
-    pace = Pace(0.0)
-    pace.took(rows=1, steps=1, seconds=1e-9)
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 1), (math.inf, STEPS_AHEAD)])
+def test_no_time_is_no_step_more_and_no_limit_all_there_are(seconds: float, most: int) -> None:
+    pace = Pace(seconds)
     assert pace.steps(1) == 1
+    pace.took(rows=1, steps=1, seconds=0.0)
+    assert pace.steps(1) == most
+
+
+def test_a_limit_is_a_number() -> None:
+    with pytest.raises(InvalidRequestError, match="call_seconds: is no number"):
+        EngineLimits(call_seconds=math.nan)
