@@ -140,12 +140,13 @@ def _open(job: Job) -> Side:
 def _decode(
     side: Side, job: Job, batches: Sequence[Any], attentions: Sequence[str], turn: int
 ) -> dict[str, tuple[float, list[list[int]]]]:
-    """Seconds and answers with each attention, none of which is always the first."""
+    """Seconds and answers with each attention, none of which is always the first or always after the same one."""
     seconds: dict[str, float] = dict.fromkeys(attentions, 0.0)
     answers: dict[str, list[list[int]]] = {attention: [] for attention in attentions}
     for index, batch in enumerate(batches):
         first = (turn + index) % len(attentions)
-        for attention in [*attentions[first:], *attentions[:first]]:
+        order = [*attentions[first:], *attentions[:first]]
+        for attention in order if turn % 2 else order[::-1]:
             begun = time.perf_counter()
             found = side.decode(
                 batch,
@@ -156,6 +157,9 @@ def _decode(
             )
             seconds[attention] += time.perf_counter() - begun
             answers[attention] += side.answers(found)
+            begun = time.perf_counter()
+            del found  # what it takes to free the attention is a part of its price
+            seconds[attention] += time.perf_counter() - begun
     return {attention: (seconds[attention], answers[attention]) for attention in attentions}
 
 
