@@ -7,7 +7,6 @@ A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`; the rest of t
 """
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -134,8 +133,8 @@ def profile_table(rows: Rows) -> list[str]:
     lines = _head("", " | ".join(GRAPHS.values()), left=1)
     steps = {(row["sentences"], row["beam"], row["graph"]): row for row in rows}
     for sentences, beam in dict.fromkeys((row["sentences"], row["beam"]) for row in rows):
-        found = [steps[sentences, beam, graph] for graph in GRAPHS]
-        cells = [f"{row['step']:,.0f} µs, {sum(row['calls'].values()):.0f}" for row in found]
+        found = [steps.get((sentences, beam, graph)) for graph in GRAPHS]
+        cells = ["-" if row is None else f"{row['step']:,.0f} µs, {sum(row['calls'].values()):.0f}" for row in found]
         many = "sentence" if sentences == 1 else "sentences"
         lines.append(_line(f"{sentences} {many}, {'greedy' if beam == 1 else f'beam {beam}'}", *cells))
     return lines
@@ -150,7 +149,7 @@ def fill(page: str, tables: Mapping[str, Sequence[str]]) -> str:
     for name, lines in tables.items():
         table = "\n".join(["", *lines, "", ""])
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        count = len(re.findall(f"{begin}.*?{end}", page, re.DOTALL))
+        count = max(page.count(begin), page.count(end)) if begin in page and end in page.split(begin, 1)[1] else 0
         if count != 1:
             raise BenchError(f"the page has {count} places for the table {name!r}, between its two marks")
         before, rest = page.split(begin)
@@ -185,17 +184,17 @@ def main(
 ) -> None:
     """Write the tables of the benchmarks' results into the page about performance."""
     console = Console()
-    before = page.read_text(encoding="utf-8")
-    decoding = Decoding(_rows(results / "decode.json"))
-    tables = {
-        "decode": decoding.table(),
-        "goals": decoding.goals(),
-        "load": load_table(_rows(results / "load.json")),
-        "profile": profile_table(_rows(results / "profile.json")),
-    }
     try:
+        before = page.read_text(encoding="utf-8")
+        decoding = Decoding(_rows(results / "decode.json"))
+        tables = {
+            "decode": decoding.table(),
+            "goals": decoding.goals(),
+            "load": load_table(_rows(results / "load.json")),
+            "profile": profile_table(_rows(results / "profile.json")),
+        }
         after = fill(before, tables)
-    except BenchError as error:
+    except (BenchError, FileNotFoundError) as error:
         console.print(f"[red]error:[/red] {page}: {error}")
         raise typer.Exit(1) from None
     if check and after != before:

@@ -90,7 +90,15 @@ def test_tables_go_between_their_marks_and_nothing_else_changes() -> None:
     assert fill(after, {"a": ["| \\g<1> |", "| x |"]}) == after
 
 
-@pytest.mark.parametrize(("page", "count"), [("", 0), ("<!-- a -->\n<!-- end of a -->\n" * 2, 2)])
+@pytest.mark.parametrize(
+    ("page", "count"),
+    [
+        ("", 0),
+        ("<!-- end of a -->\n<!-- a -->\n", 0),
+        ("<!-- a -->\n<!-- end of a -->\n" * 2, 2),
+        ("<!-- a -->\n<!-- a -->\n<!-- end of a -->\n", 2),
+    ],
+)
 def test_a_page_without_a_place_for_a_table_is_refused(page: str, count: int) -> None:
     with pytest.raises(BenchError, match=f"the page has {count} places for the table 'a'"):
         fill(page, {"a": []})
@@ -103,6 +111,8 @@ def test_the_page_is_up_to_date(tmp_path: Path) -> None:
     results, page = ROOT / "bench" / "results", ROOT / "docs" / "performance.md"
     places = ["--results", str(results), "--page", str(page)]
     assert CliRunner().invoke(app, ["--check", *places]).exit_code == 0
+    missing = CliRunner().invoke(app, ["--results", str(tmp_path), "--page", str(page)])
+    assert (missing.exit_code, "decode.json" in missing.output) == (1, True)
     stale, other = tmp_path / "page.md", tmp_path / "results"
     stale.write_bytes(page.read_bytes())
     other.mkdir()
