@@ -8,8 +8,8 @@ What is not found in a graph is left as it is.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper, shape_inference
@@ -19,7 +19,7 @@ from model.steps import Array
 
 
 class Grown(NamedTuple):
-    """A state that gets longer with every step."""
+    """What gets longer with every step: a state, or who sees it."""
 
     new: str
     """Name of what the step adds to it."""
@@ -136,6 +136,7 @@ class _Parts:
         length = self.makers.get(count)
         whole = (
             weights == others
+            and grown.axis == grown.rank - 2
             and count == middle
             and bool(axes)
             and axes == other_axes
@@ -158,10 +159,10 @@ class _Parts:
         past, new = (maker if maker is not None and maker.op_type == "MatMul" else None for maker in makers)
         return past, new
 
-    def is_number(self, name: str, holds: Any) -> bool:
+    def is_number(self, name: str, holds: Callable[[float], bool]) -> bool:
         """Whether this is a constant of one number of which something holds."""
         value = self.constants.get(name)
-        return value is not None and value.size == 1 and bool(holds(value.item()))
+        return value is not None and value.size == 1 and holds(value.item())
 
 
 def drop_transposes(graph: GraphProto, sizes: Mapping[str, Sequence[int]]) -> None:

@@ -130,7 +130,7 @@ class Decoding:
 
         Args:
             most: take up to so many steps, if the model can take them by itself and nothing is to be decided between
-                them. They end early when a third of the sentences, or the only one, has come to its end.
+                them. They end early when a third of the sentences, rounded down but at least one, have ended.
 
         Raises:
             NotANumberError: the model gave NaN for what can still become an answer. This decoding is of no use then.
