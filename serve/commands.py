@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from serve.bundle import load_model
+from serve.bundle import ServedModel, load_model
 from serve.jobs import EngineLimits
 from serve.server import ServerOptions, serve_until_signal
 
@@ -26,11 +26,7 @@ def serve(
     ] = "auto",
     precision: Annotated[
         Literal["fp32", "int8", "fp16"] | None,
-        typer.Option(
-            help="Precision of the weights; by default fp16 on CUDA if the bundle has it (limelight export --fp16), "
-            "else fp32.",
-            show_default=False,
-        ),
+        typer.Option(help="Of the weights; by default fp16 on CUDA if the bundle has it (export --fp16), else fp32."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute; by default as affinity and quota allow.")
@@ -70,17 +66,26 @@ def serve(
     options = ServerOptions(host=host, port=port, grace=grace, limits=limits)
 
     def ready(bound: int) -> None:
-        Console(stderr=True).print(
-            f"[bold]{model.manifest.name}[/bold] {model.manifest.version} ({model.precision}, {model.provider}, "
-            f"{model.threads} threads) on [bold]{host}:{bound}[/bold]; ask it: limelight ask TEXT -a {host}:{bound}"
-        )
+        _announce(model, f"{host}:{bound}")
         if port_file is not None:
-            temporary = port_file.with_name(f".{port_file.name}.tmp")
-            temporary.write_text(f"{bound}\n", encoding="ascii")
-            temporary.replace(port_file)
+            _write_port(port_file, bound)
 
     finished = asyncio.run(serve_until_signal(model, options, ready))
     if not finished:
         # The engine's thread may be deep in a run that nothing can join: leave without tearing the interpreter down.
         logging.shutdown()
         os._exit(1)
+
+
+def _announce(model: ServedModel, address: str) -> None:
+    Console(stderr=True).print(
+        f"[bold]{model.manifest.name}[/bold] {model.manifest.version} ({model.precision}, {model.provider}, "
+        f"{model.threads} threads) on [bold]{address}[/bold]; ask it: limelight ask TEXT -a {address}"
+    )
+
+
+def _write_port(path: Path, port: int) -> None:
+    """Whole or not at all: somebody waits for the file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(f"{port}\n", encoding="ascii")
+    temporary.replace(path)
