@@ -20,6 +20,7 @@ from model.constraints import rule_out_unwritable
 from model.errors import NotANumberError
 from model.grid import Grid
 from model.hypotheses import Chain, Hypothesis, Node
+from model.looks import Looks
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.reading import read
 from model.sentence import Sentence
@@ -62,7 +63,7 @@ class Decoding:
     def __init__(self, model: StepModel, beam_size: int) -> None:
         self.sentences: list[Sentence] = []
         self._model, self._width = model, beam_size
-        self._grid = Grid(model, beam_size)
+        self._grid, self._looks = Grid(model, beam_size), Looks()
         self._ahead = model if beam_size == 1 and isinstance(model, StepsAhead) else None
         self._tokens = np.zeros((0, beam_size), np.int64)
         self._parents = np.zeros((0, beam_size), np.int64)
@@ -150,9 +151,11 @@ class Decoding:
         """Take sentences out, finished or not."""
         if not sentences:
             return
+        self._looks.hand_over(sentences)
         for sentence in sentences:
             sentence.done = True
         order = self._grid.leave([sentence.place for sentence in sentences])
+        self._looks.keep(order)
         self.sentences = [self.sentences[before] for before in order]
         for place, sentence in enumerate(self.sentences):
             sentence.place = place
@@ -160,6 +163,8 @@ class Decoding:
 
     def settled(self, sentence: Sentence) -> list[Node]:
         """Tokens of a sentence that are certain by now, from the first."""
+        if not sentence.done:
+            self._looks.hand_over([sentence])
         live = [] if sentence.done else self._live(sentence)
         return sentence.settle(live)
 
@@ -186,13 +191,15 @@ class Decoding:
             self._choose(values, ids)
 
     def _look(self, sentences: Sequence[Sentence], step: Step) -> None:
-        decoder = step.decoder_attention
-        if decoder is not None:
+        if step.cross_attention is not None:
+            self._looks.write(sentences, step.cross_attention)
+            self._looks.hand_over([sentence for sentence in sentences if sentence.options.coverage_penalty])
+        if step.decoder_attention is not None:
             ages = np.array([sentence.age for sentence in sentences])
             columns = self._grid.columns(self._rows[:, :, : ages.max()], ages)
-            decoder = np.take_along_axis(decoder, columns[:, None, None], -1)
-        for sentence in sentences:
-            sentence.look(step.cross_attention, decoder)
+            decoder = np.take_along_axis(step.decoder_attention, columns[:, None, None], -1)
+            for sentence, looks in zip(sentences, decoder, strict=True):
+                sentence.look_at_target(looks, 1, np.arange(sentence.age + 1))
 
     def _refuse_no_numbers(self, numbers: Bool[np.ndarray, "sentence row"]) -> None:
         unknown = ~numbers & (self._totals > -np.inf)
@@ -228,9 +235,15 @@ class Decoding:
         taken = np.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1])
         values[np.arange(ids.shape[1]) >= taken[:, None]] = 0.0  # what came after an end token means nothing
         self._refuse_no_numbers(np.all(values < np.inf, axis=1, keepdims=True))
-        if needed:
-            for sentence, own, steps in zip(sentences, columns, taken.tolist(), strict=True):
-                sentence.look(made.cross_attention, made.decoder_attention, steps, own)
+        if made.cross_attention is not None:
+            self._looks.hand_over(sentences)
+            for sentence, looks, steps in zip(sentences, made.cross_attention, taken.tolist(), strict=True):
+                sentence.look_at_source(looks[:, :, :steps, None])
+        if made.decoder_attention is not None:
+            for sentence, looks, steps, own in zip(
+                sentences, made.decoder_attention, taken.tolist(), columns, strict=True
+            ):
+                sentence.look_at_target(looks, steps, own)
         self._take(ids, values, taken)
 
     def _choose_one(self, values: Float[np.ndarray, "sentence top"], ids: Int[np.ndarray, "sentence top"]) -> None:

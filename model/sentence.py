@@ -10,7 +10,7 @@ from model.errors import InvalidRequestError
 from model.hypotheses import Chain, Hypothesis, Node, bound
 from model.options import SearchOptions
 from model.steps import Family
-from model.trail import Glimpse, Trail
+from model.trail import Trail
 
 
 class Sentence:
@@ -35,7 +35,7 @@ class Sentence:
         self.place, self.age = 0, 0
         self.constraints = Constraints(options, vocabulary)
         self._source_length = source_length
-        self._trail = Trail(options.beam_size)
+        self._trail = Trail()
         self._finished: list[tuple[float, Chain]] = []
         self._settled: list[Node] = []
         self._error: InvalidRequestError | None = None
@@ -45,30 +45,24 @@ class Sentence:
         """Hypotheses that have ended."""
         return len(self._finished)
 
-    def look(
-        self,
-        cross: Float[np.ndarray, "sentence layer head step_row source"] | None,
-        decoder: Float[np.ndarray, "sentence layer head step_row read"] | None,
-        steps: int = 1,
-        columns: Int[np.ndarray, " read"] | None = None,
+    def look_at_source(self, looks: Float[np.ndarray, "layer head step row source"]) -> None:
+        """Keep what its rows looked at in the source in the next steps, if that is needed: a copy, of its length."""
+        if "cross" in self.needed:
+            self._trail.add_cross(looks[..., : self._source_length].copy())
+
+    def look_at_target(
+        self, looks: Float[np.ndarray, "layer head step_row seen"], steps: int, columns: Int[np.ndarray, " read"]
     ) -> None:
-        """Keep what its rows looked at, of the families that are needed: copies, of nothing but that.
+        """Keep what its rows looked at in the target, if that is needed: a copy, of nothing but what they had read.
 
         Args:
-            cross: of all sentences.
-            decoder: of all sentences, over what each row has read, its new token last.
+            looks: the rows of each step in turn.
             steps: how many of the steps are its own.
-            columns: where `decoder` has what its row has read, unless it is in that order already.
+            columns: where `looks` has what its rows have read to the last step.
         """
-        own_cross = own_decoder = None
-        own, read = slice(steps * self.options.beam_size), self.age + steps
-        if cross is not None and "cross" in self.needed:
-            own_cross = cross[self.place, :, :, own, : self._source_length].copy()
-        if decoder is not None and "decoder" in self.needed:
-            looks = decoder[self.place, :, :, own]
-            own_decoder = looks[..., :read].copy() if columns is None else looks.take(columns[:read], -1)
-        if own_cross is not None or own_decoder is not None:
-            self._trail.add(Glimpse(self.age, own_cross, own_decoder))
+        if "decoder" in self.needed:
+            own = looks[:, :, : steps * self.options.beam_size].take(columns[: self.age + steps], -1)
+            self._trail.add_decoder(own.reshape(*own.shape[:2], steps, -1, own.shape[-1]))
 
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""
