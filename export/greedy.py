@@ -171,8 +171,11 @@ class _Assembly:
         for spec in self.states:
             grown = self.grown.get(spec.name)
             following.append(f"step/{self.news[spec.name].name}" if grown is None else grown.whole)
-        for spec in filter(_grows, self.looks):
-            _lengthen(next(node for node in nodes if f"step_{spec.name}" in node.output), spec)
+        for spec in self.looks:
+            wanted = next(node for node in nodes if {f"step_{spec.name}", f"loop_{spec.name}"} & set(node.output))
+            self.lay_side_by_side(wanted)
+            if _grows(spec):
+                _lengthen(wanted, spec)
         value = helper.make_tensor_value_info
         inner = helper.make_graph(
             nodes,
@@ -192,6 +195,26 @@ class _Assembly:
             ],
         )
         return inner, self.take_out(inner)
+
+    def lay_side_by_side(self, wanted: NodeProto) -> None:
+        """Let the If that stacks the layers' attention lay them along the heads' axis, in place.
+
+        An operator a step, not one a layer too; `after` takes them apart, once. What is made otherwise stays.
+        """
+        then, otherwise = (
+            next(attribute.g for attribute in wanted.attribute if attribute.name == f"{branch}_branch")
+            for branch in ("then", "else")
+        )
+        *layers, stack = then.node
+        axes = {tensor.name for tensor in self.graph.initializer if numpy_helper.to_array(tensor).tolist() == [1]}
+        alone = all(layer.op_type == "Unsqueeze" and layer.input[1] in axes for layer in layers)
+        if stack.op_type == "Concat" and alone and list(stack.input) == [layer.output[0] for layer in layers]:
+            side_by_side = helper.make_node("Concat", [layer.input[0] for layer in layers], stack.output, axis=1)
+            del then.node[:]
+            then.node.append(side_by_side)
+            del otherwise.node[0].attribute[0].t.dims[-1:]
+            for branch in (then, otherwise):
+                del branch.output[0].type.tensor_type.shape.dim[-1:]
 
     def take_out(self, inner: GraphProto) -> list[NodeProto]:
         """Take out of a step, and return, what is the same in every one."""
@@ -233,8 +256,8 @@ class _Assembly:
             ]
         for spec in self.looks:
             turned = [
-                helper.make_node("Squeeze", [f"all_{spec.name}", "last_axis"], [f"squeezed_{spec.name}"]),
-                helper.make_node("Transpose", [f"squeezed_{spec.name}"], [spec.name], perm=[1, 2, 3, 0, 4]),
+                helper.make_node("Reshape", [f"all_{spec.name}", "by_layer"], [f"by_layer_{spec.name}"]),
+                helper.make_node("Transpose", [f"by_layer_{spec.name}"], [spec.name], perm=[1, 2, 3, 0, 4]),
             ]
             nodes.append(_switched(spec, turned, spec.name))
         return nodes
@@ -248,7 +271,8 @@ class _Assembly:
             "one_scalar": np.array(1),
             "one": np.array([1]),
             "two": np.array([2]),
-            "last_axis": np.array([4]),
+            "last_axis": np.array([-1]),
+            "by_layer": np.array([0, 0, *self.looks[0].axes[1:3], -1]),
             "end": np.array(END),
             "yes": np.array(True),
             "last": np.array([np.iinfo(np.int64).max]),
