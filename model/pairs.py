@@ -18,6 +18,9 @@ from model.errors import DataError, MissingExtraError
 
 Part: TypeAlias = Literal["train", "validation", "test"]
 
+SCORED: tuple[Part, ...] = ("validation", "test")
+"""Parts that are never learnt from."""
+
 LONGEST_TOKEN = 1000
 """Characters of the longest stretch without white space that is read as text. Beyond it a file is something else
 (base64, JSON on one line), and a subword trainer would need hours and gigabytes for it."""
@@ -61,13 +64,15 @@ def read_pairs(data: Data, part: Part) -> Pairs:
             found = list(_read_cmudict_07b(data.folder, part))
             others = _other_pronunciations(data.folder, part, found)
             if part == "train":
-                apart = _without_scored_words(data.folder, found)
-                found, withheld = apart, len(found) - len(apart)
+                found, withheld = _without(found, _scored_sources(data))
         case PairsData():
             files: PairFiles | None = getattr(data, part)
             if files is None:
                 raise DataError(f"data.{part} is not configured: add [data.{part}] with source and target, or tsv")
             found = read_files(files)
+    if part == "train" and data.extra is not None:
+        more, left_out = _without(read_files(data.extra), _scored_sources(data))
+        found, withheld = found + more, withheld + left_out
     return _without_empty(found, f"data of kind {data.kind!r}, part {part!r}")._replace(
         others=others, withheld=withheld
     )
@@ -174,6 +179,24 @@ def _without_empty(found: Sequence[Pair], what: str) -> Pairs:
     return Pairs(full, len(found) - len(full))
 
 
+def _without(found: Sequence[Pair], sources: set[str]) -> tuple[list[Pair], int]:
+    apart = [pair for pair in found if pair.source not in sources]
+    return apart, len(found) - len(apart)
+
+
+def _scored_sources(data: Data) -> set[str]:
+    match data:
+        case CmudictData():
+            return {pair.source for part in SCORED for pair in read_pairs(data, part).pairs}
+        case Cmudict07bData():
+            # A word whose pronunciation is in part known would make validation look better than the test, whose words
+            # are all new, or worse where the known one is given; so those words are not learnt from at all.
+            return {pair.source for pair in _read_other_parts(data.folder, "train")}
+        case PairsData():
+            given = [files for files in (data.validation, data.test) if files is not None]
+            return {pair.source for files in given for pair in read_files(files)}
+
+
 def _part_of(word: str, data: CmudictData) -> Part:
     # A stable hash of the word itself: all its pronunciations stay together, on every machine and in every version.
     bucket = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8]) % 100
@@ -217,13 +240,6 @@ def _other_pronunciations(folder: Path, part: Part, found: Sequence[Pair]) -> tu
         return ()
     words = {pair.source for pair in found}
     return tuple(pair for pair in _read_other_parts(folder, part) if pair.source in words)
-
-
-def _without_scored_words(folder: Path, found: Sequence[Pair]) -> list[Pair]:
-    # A word whose pronunciation is in part known would make validation look better than the test, whose words are all
-    # new, or worse where the known one is given; so those words are not learnt from at all.
-    scored = {pair.source for pair in _read_other_parts(folder, "train")}
-    return [pair for pair in found if pair.source not in scored]
 
 
 def _read_other_parts(folder: Path, part: Part) -> Iterator[Pair]:

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from model.config import Cmudict07bData, CmudictData
+from model.config import Cmudict07bData, CmudictData, PairFiles
 from model.errors import DataError, MissingExtraError
 from model.pairs import CMUDICT_07B_FILES, Pair, Pairs, Part, read_pairs
 
@@ -199,6 +199,25 @@ def test_a_word_of_another_part_is_not_learnt_but_right(tmp_path: Path) -> None:
     assert read_pairs(data, "validation").others == (Pair("read", "R EH D"),)
     assert read_pairs(data, "test").others == (Pair("word", "W AO R D"),)
     assert read_pairs(data, "train") == Pairs([Pair("other", "AH DH ER")], empty=0, withheld=2)
+
+
+def test_more_pairs_are_learnt_but_none_of_a_word_that_is_scored(tmp_path: Path) -> None:
+    for part, text in {"train": "ONE  W AH N\n", "validation": "TWO  T UW\n", "test": "SIX  S IH K S\n"}.items():
+        (tmp_path / CMUDICT_07B_FILES[part]).write_text(text)  # type: ignore[index]
+    extra = PairFiles(tsv=tmp_path / "extra.tsv")
+    (tmp_path / "extra.tsv").write_text("two\tT UW\nten\tT EH N\nsix\tS IH K S\none\tW AH N\n\tW\n")
+    data = Cmudict07bData(kind="cmudict-0.7b", folder=tmp_path, extra=extra)
+    learnt = [Pair("one", "W AH N"), Pair("ten", "T EH N"), Pair("one", "W AH N")]
+    assert read_pairs(data, "train") == Pairs(learnt, empty=1, withheld=2)
+    assert read_pairs(data, "validation").pairs == [Pair("two", "T UW")]
+
+
+def test_more_pairs_beside_the_built_in_dictionary(tmp_path: Path) -> None:
+    parts = {part: read_pairs(WITHOUT_STRESS, part).pairs for part in PARTS}
+    more = [Pair("zzyzzyx", "Z IH Z IH K S"), *(parts[part][0] for part in PARTS)]
+    (tmp_path / "extra.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in more))
+    found = read_pairs(CmudictData(extra=PairFiles(tsv=tmp_path / "extra.tsv")), "train")
+    assert found == Pairs([*parts["train"], more[0], parts["train"][0]], empty=0, withheld=2)
 
 
 @pytest.mark.data

@@ -162,3 +162,18 @@ def test_a_part_that_is_not_configured_is_refused(write: Write) -> None:
     words = "data.test is not configured: add [data.test] with source and target, or tsv"
     with pytest.raises(DataError, match=re.escape(words)):
         read_pairs(pairs_data(write("pairs.tsv", b"a\tb\n")), "test")
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_more_pairs_are_learnt_but_none_of_a_source_that_is_scored(write: Write, tested: bool) -> None:
+    data = PairsData(
+        kind="pairs",
+        train=PairFiles(tsv=write("train.tsv", b"a\tx\nb\ty\n")),
+        validation=PairFiles(tsv=write("validation.tsv", b"b\ty\nc\tz\n")),
+        test=PairFiles(tsv=write("test.tsv", b"d\tw\n")) if tested else None,
+        extra=PairFiles(tsv=write("extra.tsv.gz", b"c\tz\nd\tw\ne\tv\n\tu\n")),
+    )
+    more = [Pair("e", "v")] if tested else [Pair("d", "w"), Pair("e", "v")]
+    learnt = Pairs([Pair("a", "x"), Pair("b", "y"), *more], empty=1, withheld=3 - len(more))
+    assert read_pairs(data, "train") == learnt
+    assert read_pairs(data, "validation").pairs == [Pair("b", "y"), Pair("c", "z")]
