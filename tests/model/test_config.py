@@ -12,7 +12,8 @@ from model import config as sections
 from model.config import CmudictData, PairsData, load_config, parse_config
 from model.errors import ConfigError
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted([*ROOT.glob("configs/*.toml"), *ROOT.glob("recipes/*/*.toml")])
 
 DEFAULT = parse_config({}, "nothing")
 FILES = {"train": {"tsv": "train.tsv"}, "validation": {"tsv": "dev.tsv"}}
