@@ -28,12 +28,24 @@ class ServerError(LimelightError):
     Attributes:
         code: the gRPC status.
         message: what went wrong, in the server's words where it had any.
+        reason: the same for programs, such as QUEUE_FULL; empty where the server gave none.
+        field: of the request, that is at fault; None where none is.
+        retry_after: seconds after which the server advises to try again; None where it does not.
     """
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        reason: str = "",
+        field: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.reason, self.field, self.retry_after = reason, field, retry_after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

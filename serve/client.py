@@ -11,9 +11,12 @@ import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_status import rpc_status
 
 from model.errors import InvalidRequestError
 from model.options import Sampling
@@ -201,7 +204,7 @@ class Client:
             yield
         except grpc.RpcError as error:
             code, details = error.code(), error.details() or ""
-            raise ServerError(code, self._explain(code, details)) from None
+            raise ServerError(code, self._explain(code, details), **_particulars(error)) from None
 
     def _explain(self, code: grpc.StatusCode, details: str) -> str:
         """The server's words as they are where they name the request's fault; else with the address and a way out."""
@@ -221,6 +224,31 @@ class Client:
             grpc.StatusCode.UNAVAILABLE: f"{self.address}: {details}",
         }
         return explained.get(code, details)
+
+
+class Particulars(TypedDict, total=False):
+    """What a server says of an error for programs; see `ServerError`."""
+
+    reason: str
+    field: str
+    retry_after: float
+
+
+def _particulars(error: Any) -> Particulars:
+    found: Particulars = {}
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):  # details of somebody else's making, which contradict the status
+        return found
+    for detail in () if status is None else status.details:
+        if detail.Is(ErrorInfo.DESCRIPTOR):
+            info = ErrorInfo.FromString(detail.value)
+            found["reason"] = info.reason
+            if "field" in info.metadata:
+                found["field"] = info.metadata["field"]
+        elif detail.Is(RetryInfo.DESCRIPTOR):
+            found["retry_after"] = RetryInfo.FromString(detail.value).retry_delay.ToMilliseconds() / 1000
+    return found
 
 
 @contextmanager

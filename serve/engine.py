@@ -7,6 +7,7 @@ A caller hands in a job and gets a ticket: a future, and a way to cancel.
 
 import logging
 import threading
+import time
 from collections import deque
 
 from model.errors import InvalidRequestError
@@ -16,6 +17,39 @@ from serve.errors import ExpiredError, QueueFullError, ShuttingDownError
 from serve.jobs import EngineLimits, Job, Ticket
 
 log = logging.getLogger(__name__)
+
+FORGETTING = 0.2
+"""Weight of the newest observation in what is known of the pace."""
+
+LEAST_WAIT, MOST_WAIT = 0.05, 30.0
+"""Seconds that a caller is advised to wait at least and at most."""
+
+UNKNOWN_WAIT = 1.0
+"""Seconds, where the pace is not known yet."""
+
+
+class Outflow:
+    """How fast a queue empties: advice to those who find it full."""
+
+    def __init__(self) -> None:
+        self._pace, self._since = 0.0, time.monotonic()
+
+    def began(self) -> None:
+        """The queue is no longer empty."""
+        self._since = time.monotonic()
+
+    def took(self, count: int) -> None:
+        """So many have left the queue since it began or the last time that any did."""
+        if not count:
+            return
+        now = time.monotonic()
+        pace = (now - self._since) / count
+        self._pace = pace if not self._pace else FORGETTING * pace + (1 - FORGETTING) * self._pace
+        self._since = now
+
+    def seconds(self, count: float) -> float:
+        """How long it takes until so many more have left."""
+        return min(MOST_WAIT, max(LEAST_WAIT, count * self._pace)) if self._pace else UNKNOWN_WAIT
 
 
 class Engine:
@@ -35,6 +69,7 @@ class Engine:
         self._has_shortlist = shortlist is not None
         self._batcher = Batcher(model, self._limits, shortlist)
         self._queue: deque[Ticket] = deque()
+        self._outflow = Outflow()
         self._changed = threading.Condition()
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name="limelight-engine", daemon=True)
@@ -69,8 +104,11 @@ class Engine:
                 self._drop_unwanted()
             if len(self._queue) >= self._limits.queue:
                 raise QueueFullError(
-                    f"{len(self._queue)} requests are waiting, the limit is {self._limits.queue}: retry later"
+                    f"{len(self._queue)} requests are waiting, the limit is {self._limits.queue}: retry later",
+                    self._outflow.seconds(len(self._queue) / 2),
                 )
+            if not self._queue:
+                self._outflow.began()
             self._queue.append(ticket)
             self._changed.notify()
         return ticket
@@ -111,6 +149,7 @@ class Engine:
             chosen: list[Ticket] = []
             while self._queue and self._goes_with(chosen, self._queue[0]):
                 chosen.append(self._queue.popleft())
+            self._outflow.took(len(chosen))
             return chosen
 
     def _goes_with(self, chosen: list[Ticket], ticket: Ticket) -> bool:

@@ -1,6 +1,7 @@
 """What can go wrong while serving, and the one table from errors to gRPC status codes."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import grpc
 
@@ -17,7 +18,15 @@ class ModelNotFoundError(ServeError):
 
 
 class QueueFullError(ServeError):
-    """The queue is at its limit: try again later."""
+    """The queue is at its limit: try again later.
+
+    Attributes:
+        retry_after: seconds after which a new try is likely to be let in.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ShuttingDownError(ServeError):
@@ -40,20 +49,29 @@ class ProviderError(ServeError):
     """The execution provider that was asked for is not there."""
 
 
-STATUS: Mapping[type[LimelightError], grpc.StatusCode] = {
-    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
-    ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
-    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    ExpiredError: grpc.StatusCode.DEADLINE_EXCEEDED,
-    ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
-    BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+class Outcome(NamedTuple):
+    """How an error is told to a client."""
+
+    code: grpc.StatusCode
+    """The gRPC status."""
+    reason: str
+    """The same more closely, for programs: `google.rpc.ErrorInfo.reason`."""
+
+
+UNKNOWN_FAULT = Outcome(grpc.StatusCode.INTERNAL, "INTERNAL")
+"""Of every error that is not in the table: its text stays here."""
+
+OUTCOMES: Mapping[type[LimelightError], Outcome] = {
+    InvalidRequestError: Outcome(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
+    ModelNotFoundError: Outcome(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    QueueFullError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    ExpiredError: Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
+    ShuttingDownError: Outcome(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    BundleError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
 }
-"""Every error that a client may see the text of. All others answer INTERNAL, with no details."""
+"""Every error that a client may see the text of."""
 
 
-def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
-    """Code and message for a client."""
-    for kind in type(error).__mro__:
-        if kind in STATUS:
-            return STATUS[kind], str(error)
-    return grpc.StatusCode.INTERNAL, "internal error"
+def outcome_of(error: BaseException) -> Outcome:
+    """How an error is told to a client."""
+    return next((OUTCOMES[kind] for kind in type(error).__mro__ if kind in OUTCOMES), UNKNOWN_FAULT)

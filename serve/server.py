@@ -19,10 +19,11 @@ from grpc_reflection.v1alpha import reflection
 
 from serve.bundle import ServedModel
 from serve.engine import Engine
-from serve.errors import AddressError, QueueFullError, ShuttingDownError, status_of
+from serve.errors import AddressError, QueueFullError, ShuttingDownError
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2, limelight_pb2_grpc
 from serve.service import LimelightService
+from serve.status import refusal
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake to be told of
 )
 
+RETRY_AFTER = 1.0
+"""Seconds after which a caller is to try again who came while too many calls were in flight."""
 
 FLUSH = 2.0
 """Seconds that finished answers have to leave when stopping."""
@@ -151,7 +154,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 self._admit()
                 return await answer(request, context)
             except Exception as error:
-                await _abort(context, error)
+                await _abort(context, error, request)
 
         return call
 
@@ -163,7 +166,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 async for response in answer(request, context):
                     yield response
             except Exception as error:
-                await _abort(context, error)
+                await _abort(context, error, request)
 
         return call
 
@@ -171,7 +174,9 @@ class Calls(grpc.aio.ServerInterceptor):
         if self.draining:
             raise ShuttingDownError("the server is shutting down and takes no new requests")
         if self.in_flight > self._most:
-            raise QueueFullError(f"{self._most} requests are being answered or wait, which is the limit: retry later")
+            raise QueueFullError(
+                f"{self._most} requests are being answered or wait, which is the limit: retry later", RETRY_AFTER
+            )
 
     def _enter(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self.in_flight += 1
@@ -186,16 +191,15 @@ class Calls(grpc.aio.ServerInterceptor):
             self._idle.set()
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request: Any) -> None:
     """End a call with the status of an error; what is not known is logged, and the client told nothing of it."""
     if isinstance(error, grpc.aio.AbortError):  # raised by an abort further in
         raise error
-    code, message = status_of(error)
-    if code is grpc.StatusCode.INTERNAL:
-        request = uuid.uuid4().hex[:12]
-        log.error("request %s failed", request, exc_info=error)
-        message = f"{message} (request {request} in the server's log)"
-    await context.abort(code, message)
+    request_id = uuid.uuid4().hex[:12]
+    refused = refusal(error, request, request_id)
+    if refused.unexpected:
+        log.error("request %s failed", request_id, exc_info=error)
+    await context.abort(refused.code, refused.message, refused.metadata)
 
 
 async def create_server(model: ServedModel, options: ServerOptions) -> Server:

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 import serve.jobs
-from serve.errors import ExpiredError, status_of
+from serve.errors import ExpiredError, outcome_of
 from serve.jobs import Job, Ticket
 from tests.serve.jobs import LONG, MIDDLE, SHORT, MakeEngine, alone, job, occupied, result, same, tokens
 from tests.serve.running import PATIENCE, Running, generate, score, stream
@@ -150,7 +150,7 @@ def test_who_gave_up_first_has_not_failed(make_engine: MakeEngine, steps: Gated,
 
 
 def test_it_has_a_status_of_its_own() -> None:
-    assert status_of(ExpiredError(IN_QUEUE)) == (grpc.StatusCode.DEADLINE_EXCEEDED, IN_QUEUE)
+    assert outcome_of(ExpiredError(IN_QUEUE)) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED")
 
 
 @pytest.fixture

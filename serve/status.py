@@ -1,0 +1,94 @@
+"""What a client is told of an error: a status code, a text for people, and `google.rpc` details for programs.
+
+Details are what https://cloud.google.com/apis/design/errors names: `ErrorInfo` always; `BadRequest` with the field at
+fault; `RetryInfo`, and the metadata that gRPC's own retries obey, where trying again may help.
+"""
+
+from __future__ import annotations  # grpc's classes are generic to mypy alone
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from model.errors import InvalidRequestError
+from serve.errors import UNKNOWN_FAULT, QueueFullError, outcome_of
+
+DOMAIN = "limelight"
+"""Whose reasons they are: `google.rpc.ErrorInfo.domain`."""
+
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The end of a call that failed."""
+
+    code: grpc.StatusCode
+    message: str
+    metadata: tuple[tuple[str, str | bytes], ...]
+    """Trailing metadata."""
+
+    @property
+    def unexpected(self) -> bool:
+        """No fault of the client's, and none that was foreseen."""
+        return self.code is UNKNOWN_FAULT.code
+
+
+def refusal(error: Exception, request: object, request_id: str) -> Refusal:
+    """What to tell of an error.
+
+    Args:
+        error: what went wrong; where it is not of `serve.errors.OUTCOMES`, nothing of it is told.
+        request: the message that it went wrong with, if there was one: says where in it the field at fault is.
+        request_id: what the server's log calls the request.
+    """
+    outcome = outcome_of(error)
+    message = str(error)
+    if outcome is UNKNOWN_FAULT:
+        message = f"internal error (request {request_id} in the server's log)"
+    about = {"request_id": request_id}
+    details: list[Message] = []
+    metadata: list[tuple[str, str | bytes]] = []
+    if isinstance(error, InvalidRequestError):
+        field = _path(error.field, request)
+        about["field"] = field
+        details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=field, description=message)]))
+    if isinstance(error, QueueFullError):
+        milliseconds = round(1000 * error.retry_after)
+        delay = Duration()
+        delay.FromMilliseconds(milliseconds)
+        details.append(RetryInfo(retry_delay=delay))
+        metadata.append((PUSHBACK_KEY, str(milliseconds)))
+    details.append(ErrorInfo(reason=outcome.reason, domain=DOMAIN, metadata=about))
+    status = Status(code=outcome.code.value[0], message=message, details=map(_packed, details))
+    return Refusal(outcome.code, message, ((DETAILS_KEY, status.SerializeToString()), *metadata))
+
+
+def _packed(detail: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    return packed
+
+
+def _path(field: str, request: object) -> str:
+    """Where in the request a field is that an error names without the message around it."""
+    if not isinstance(request, Message):
+        return field
+    first = field.split(".", maxsplit=1)[0]
+    fields: Mapping[str, Any] = request.DESCRIPTOR.fields_by_name
+    if first in fields:
+        return field
+    for name, descriptor in fields.items():
+        inner: Descriptor | None = descriptor.message_type
+        if inner is not None and first in inner.fields_by_name:
+            return f"{name}.{field}"
+    return field
