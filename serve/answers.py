@@ -109,6 +109,19 @@ class Hypothesis:
     attention: Mapping[FamilyName, AttentionArray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Where the time of a request went in the server's engine, in seconds.
+
+    Attributes:
+        queue: until its turn came.
+        decode: from there to the last token.
+    """
+
+    queue: float
+    decode: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
     """The answers to one text.
@@ -119,6 +132,7 @@ class Answer:
         source_tokens: the source's tokens, an end token last.
         hypotheses: best first; for a scored pair, the target as if it had been generated.
         attention: "encoder", if asked for.
+        timings: where the time went.
     """
 
     model: str
@@ -126,6 +140,7 @@ class Answer:
     source_tokens: tuple[Token, ...]
     hypotheses: tuple[Hypothesis, ...]
     attention: Mapping[FamilyName, AttentionArray]
+    timings: Timings
 
     @property
     def best(self) -> Hypothesis:
@@ -205,6 +220,25 @@ class Alignment:
 
     layers: tuple[int, ...]
     heads: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """A served model, in a list of them.
+
+    Attributes:
+        name: its name.
+        version: its version.
+        task: what its outputs are, "g2p" or "text".
+        precision: of its weights, "fp32", "int8" or "fp16".
+        provider: what runs it, "cpu" or "cuda".
+    """
+
+    name: str
+    version: str
+    task: str
+    precision: str
+    provider: str
 
 
 @dataclass(frozen=True, kw_only=True)

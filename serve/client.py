@@ -30,13 +30,25 @@ from serve.answers import (
     FloatName,
     Hypothesis,
     ModelInfo,
+    ModelSummary,
     Piece,
     ReductionName,
     ServerError,
     Start,
+    Timings,
     Token,
 )
-from serve.from_proto import FAMILIES, FLOAT_TYPES, REDUCTIONS, read_answer, read_model, read_score, read_stream
+from serve.from_proto import (
+    FAMILIES,
+    FLOAT_TYPES,
+    REDUCTIONS,
+    read_answer,
+    read_item,
+    read_model,
+    read_models,
+    read_score,
+    read_stream,
+)
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 
@@ -49,10 +61,12 @@ __all__ = [
     "FamilyShape",
     "Hypothesis",
     "ModelInfo",
+    "ModelSummary",
     "Piece",
     "Sampling",
     "ServerError",
     "Start",
+    "Timings",
     "Token",
 ]
 
@@ -149,6 +163,26 @@ class Client:
             request = pb.GenerateStreamRequest(model=model, source=source, search=search, attention=attention)
         return self._events(request)
 
+    def generate_many(
+        self, sources: Iterable[str], *, model: str = "", **wanted: Unpack[Wanted]
+    ) -> Generator[tuple[int, Answer | ServerError], None, None]:
+        """Answer many texts over one stream: the number of each, from 0, and its answer or its own error.
+
+        They come as they are ready, in any order. Sources are taken as the server has room for them, on a thread of
+        gRPC's. Closing the generator cancels what is left. Arguments and errors as for `generate`; `timeout` is of all
+        of them together.
+        """
+        with _sendable():
+            search, attention = _search(wanted), _attention(wanted)
+
+        def requests() -> Iterator[pb.GenerateManyRequest]:
+            for number, source in enumerate(sources):
+                with _sendable():
+                    request = pb.GenerateRequest(model=model, source=source, search=search, attention=attention)
+                yield pb.GenerateManyRequest(id=str(number), request=request)
+
+        return self._items(requests())
+
     def score(
         self,
         source: str,
@@ -178,6 +212,11 @@ class Client:
         with self._explained():
             return read_model(self._stub.GetModel(request, timeout=self.timeout))
 
+    def models(self) -> list[ModelSummary]:
+        """Which models are served; errors as for `generate`."""
+        with self._explained():
+            return read_models(self._stub.ListModels(pb.ListModelsRequest(), timeout=self.timeout))
+
     def close(self) -> None:
         """Hang up; calls under way end with the code CANCELLED."""
         self._channel.close()
@@ -197,6 +236,31 @@ class Client:
                 yield from read_stream(call)
             finally:
                 call.cancel()
+
+    def _items(
+        self, requests: Iterator[pb.GenerateManyRequest]
+    ) -> Generator[tuple[int, Answer | ServerError], None, None]:
+        failed: list[Exception] = []
+
+        def sent() -> Iterator[pb.GenerateManyRequest]:
+            try:
+                yield from requests
+            except Exception as error:  # on gRPC's thread, where nobody would hear of it
+                failed.append(error)
+                raise
+
+        try:
+            with self._explained():
+                call = self._stub.GenerateMany(sent(), timeout=self.timeout)
+                try:
+                    for message in call:
+                        yield int(message.id), read_item(message)
+                finally:
+                    call.cancel()
+        except ServerError:
+            if failed:
+                raise failed[0] from None
+            raise
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

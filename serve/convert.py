@@ -14,7 +14,7 @@ from model.search import Hypothesis, Sampling, SearchOptions
 from model.steps import Family
 from model.tokenizer import Token, Tokenizer
 from model.vocabulary import UNKNOWN
-from serve.jobs import Job, Settled
+from serve.jobs import Job, Settled, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
 FAMILIES: "dict[pb.AttentionFamily.ValueType, Family]" = {
@@ -271,6 +271,12 @@ def target_attention(wanted: AttentionWanted, cross: Any, decoder: Any) -> list[
 def token_message(token: Token, log_probability: float | None = None) -> pb.Token:
     """A token on the wire."""
     return pb.Token(id=token.id, text=token.text, start=token.start, end=token.end, log_probability=log_probability)
+
+
+def timings_message(ticket: Ticket) -> pb.Timings:
+    """Where a job's time went."""
+    timings = ticket.timings
+    return pb.Timings(queue_seconds=timings.queue, decode_seconds=timings.decode)
 
 
 def hypothesis_message(

@@ -13,7 +13,7 @@ from collections import deque
 from model.errors import InvalidRequestError
 from model.steps import StepModel
 from serve.batcher import Batcher
-from serve.errors import ExpiredError, QueueFullError, ShuttingDownError
+from serve.errors import STOPPING, ExpiredError, QueueFullError, ShuttingDownError
 from serve.jobs import EngineLimits, Job, Ticket
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Engine:
         ticket = Ticket(job)
         with self._changed:
             if self._stopping or not self.alive:
-                raise ShuttingDownError("the server is shutting down and takes no new requests")
+                raise ShuttingDownError(STOPPING)
             if len(self._queue) >= self._limits.queue:
                 self._drop_unwanted()
             if len(self._queue) >= self._limits.queue:
@@ -149,6 +149,7 @@ class Engine:
             chosen: list[Ticket] = []
             while self._queue and self._goes_with(chosen, self._queue[0]):
                 chosen.append(self._queue.popleft())
+                chosen[-1].begin()
             self._outflow.took(len(chosen))
             return chosen
 

@@ -49,6 +49,10 @@ class ProviderError(ServeError):
     """The execution provider that was asked for is not there."""
 
 
+STOPPING = "the server is shutting down and takes no new requests"
+"""What a `ShuttingDownError` says."""
+
+
 class Outcome(NamedTuple):
     """How an error is told to a client."""
 

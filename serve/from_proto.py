@@ -18,10 +18,12 @@ from serve.answers import (
     FloatName,
     Hypothesis,
     ModelInfo,
+    ModelSummary,
     Piece,
     ReductionName,
     ServerError,
     Start,
+    Timings,
     Token,
 )
 from serve.pb.limelight.v1 import limelight_pb2 as pb
@@ -62,7 +64,31 @@ def read_answer(message: pb.GenerateResponse) -> Answer:
         source_tokens=_tokens(message.source_tokens),
         hypotheses=tuple(map(_hypothesis, message.hypotheses)),
         attention=_attention(message.attention),
+        timings=_timings(message.timings),
     )
+
+
+def read_item(message: pb.GenerateManyResponse) -> Answer | ServerError:
+    """What became of one of many.
+
+    Raises:
+        ServerError: as `read_answer`, or the message says neither of both.
+    """
+    match message.WhichOneof("result"):
+        case "answer":
+            return read_answer(message.answer)
+        case "error":
+            error = message.error
+            codes = {code.value[0]: code for code in grpc.StatusCode}
+            return ServerError(
+                codes.get(error.code, grpc.StatusCode.UNKNOWN),
+                error.message,
+                reason=error.reason,
+                field=error.field or None,
+                retry_after=error.retry_after_seconds or None,
+            )
+        case _:
+            raise _unreadable(f"neither answer nor error for {message.id!r}")
 
 
 def read_score(message: pb.ScoreResponse) -> Answer:
@@ -77,6 +103,7 @@ def read_score(message: pb.ScoreResponse) -> Answer:
         source_tokens=_tokens(message.source_tokens),
         hypotheses=(_hypothesis(message.hypothesis),),
         attention=_attention(message.attention),
+        timings=_timings(message.timings),
     )
 
 
@@ -132,6 +159,24 @@ def read_model(message: pb.GetModelResponse) -> ModelInfo:
     )
 
 
+def read_models(message: pb.ListModelsResponse) -> list[ModelSummary]:
+    """The models that are served."""
+    return [
+        ModelSummary(
+            name=one.model.name,
+            version=one.model.version,
+            task=one.task,
+            precision=one.precision,
+            provider=one.provider,
+        )
+        for one in message.models
+    ]
+
+
+def _timings(message: pb.Timings) -> Timings:
+    return Timings(queue=message.queue_seconds, decode=message.decode_seconds)
+
+
 def _start(message: pb.StreamStart) -> Start:
     return Start(
         model=message.model.name,
@@ -155,6 +200,7 @@ def _end(start: Start, pieces: Sequence[Piece], message: pb.StreamEnd) -> End:
         source_tokens=start.source_tokens,
         hypotheses=(replace(best, attention=_stack(pieces)), *others),
         attention=start.attention,
+        timings=_timings(message.timings),
     )
     return End(answer=answer)
 

@@ -102,6 +102,19 @@ class EngineLimits:
             raise InvalidRequestError("call_seconds", "is no number")
 
 
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a job went, in seconds.
+
+    Attributes:
+        queue: until its turn came.
+        decode: from there until its result was ready.
+    """
+
+    queue: float
+    decode: float
+
+
 @dataclass(eq=False)
 class Ticket:
     """A job on its way.
@@ -112,6 +125,9 @@ class Ticket:
 
     job: Job
     future: "Future[Decoded]" = field(default_factory=Future)
+    _arrived: float = field(default_factory=time.monotonic)
+    _begun: float | None = None
+    _finished: float | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -129,8 +145,20 @@ class Ticket:
         """Its deadline has passed."""
         return self.job.deadline is not None and time.monotonic() >= self.job.deadline
 
+    @property
+    def timings(self) -> Timings:
+        """Where its time went, or has gone so far."""
+        finished = self._finished or time.monotonic()
+        begun = self._begun or finished
+        return Timings(begun - self._arrived, finished - begun)
+
+    def begin(self) -> None:
+        """Its turn has come."""
+        self._begun = time.monotonic()
+
     def finish(self, result: Decoded) -> None:
         """Hand over the result, unless the job has failed or nobody waits for it."""
+        self._finished = time.monotonic()
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_result(result)
 

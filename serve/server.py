@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serve.bundle import ServedModel
 from serve.engine import Engine
-from serve.errors import AddressError, QueueFullError, ShuttingDownError
+from serve.errors import STOPPING, AddressError, QueueFullError, ShuttingDownError
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2, limelight_pb2_grpc
 from serve.service import LimelightService
@@ -137,6 +137,11 @@ class Calls(grpc.aio.ServerInterceptor):
             return grpc.unary_stream_rpc_method_handler(
                 stream, handler.request_deserializer, handler.response_serializer
             )
+        if handler.stream_stream is not None:
+            both = self._wrap_stream(handler.stream_stream)
+            return grpc.stream_stream_rpc_method_handler(
+                both, handler.request_deserializer, handler.response_serializer
+            )
         return handler
 
     async def wait_until_idle(self, seconds: float) -> bool:
@@ -172,7 +177,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _admit(self) -> None:
         if self.draining:
-            raise ShuttingDownError("the server is shutting down and takes no new requests")
+            raise ShuttingDownError(STOPPING)
         if self.in_flight > self._most:
             raise QueueFullError(
                 f"{self._most} requests are being answered or wait, which is the limit: retry later", RETRY_AFTER
@@ -211,7 +216,9 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     calls = Calls(options.limits.queue + 2 * options.limits.rows)
     server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
     engine = Engine(model.steps, options.limits, model.shortlist)
-    limelight_pb2_grpc.add_LimelightServiceServicer_to_server(LimelightService(model, engine), server)
+    limelight_pb2_grpc.add_LimelightServiceServicer_to_server(
+        LimelightService(model, engine, lambda: calls.draining), server
+    )
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

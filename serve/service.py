@@ -24,11 +24,13 @@ from serve.convert import (
     hypothesis_message,
     refuse_unknown_fields,
     search_options,
+    timings_message,
     token_message,
 )
 from serve.engine import Engine
 from serve.errors import ModelNotFoundError
-from serve.jobs import Decoded, Job, Ticket, deadline_in
+from serve.jobs import Decoded, Ticket, deadline_in
+from serve.many import answer_many
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1 import limelight_pb2_grpc as rpc
 from serve.stream import TokenStream
@@ -42,10 +44,11 @@ class LimelightService(rpc.LimelightServiceServicer):
     Args:
         model: what is served.
         engine: what decodes for it.
+        stopping: whether the server takes nothing new any more.
     """
 
-    def __init__(self, model: ServedModel, engine: Engine) -> None:
-        self._model, self._engine = model, engine
+    def __init__(self, model: ServedModel, engine: Engine, stopping: Callable[[], bool]) -> None:
+        self._model, self._engine, self._stopping = model, engine, stopping
         self._version = pb.ModelVersion(name=model.manifest.name, version=model.manifest.version)
         # Tokenising and packing take time in proportion to the text: not on the event loop.
         self._pool = ThreadPoolExecutor(2, "limelight-convert")
@@ -54,9 +57,18 @@ class LimelightService(rpc.LimelightServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> pb.GenerateResponse:
         """See limelight.proto."""
-        asked = await self._off_loop(lambda: self._understand(request))
-        decoded = await self._decode(asked.job(deadline_in(context.time_remaining())))
-        return await self._off_loop(lambda: self._answer(asked, decoded))
+        return await self._generate(request, deadline_in(context.time_remaining()))
+
+    async def GenerateMany(
+        self,
+        request_iterator: AsyncIterator[pb.GenerateManyRequest],
+        context: grpc.aio.ServicerContext[pb.GenerateManyRequest, pb.GenerateManyResponse],
+    ) -> AsyncIterator[pb.GenerateManyResponse]:
+        """See limelight.proto."""
+        deadline = deadline_in(context.time_remaining())
+        answers = answer_many(request_iterator, lambda request: self._generate(request, deadline), self._stopping)
+        async for response in answers:
+            yield response
 
     async def GenerateStream(
         self,
@@ -69,7 +81,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         job = asked.job(deadline_in(context.time_remaining()), on_settled=stream.on_settled)
         ticket = self._engine.submit(job)
         try:
-            async for event in stream.events(asyncio.wrap_future(ticket.future)):
+            async for event in stream.events(ticket):
                 yield event
         finally:
             ticket.cancel()
@@ -80,8 +92,9 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         asked, target = await self._off_loop(lambda: self._understand_pair(request))
         ids = [token.id for token in target]
-        decoded = await self._decode(asked.job(deadline_in(context.time_remaining()), target=ids))
-        return await self._off_loop(lambda: self._scored(asked, request.target, decoded))
+        ticket = self._engine.submit(asked.job(deadline_in(context.time_remaining()), target=ids))
+        decoded = await _result(ticket)
+        return await self._off_loop(lambda: self._scored(asked, request.target, decoded, ticket))
 
     async def GetModel(
         self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse]
@@ -91,12 +104,24 @@ class LimelightService(rpc.LimelightServiceServicer):
         self._check_name(request.model)
         return describe_model(self._model)
 
-    async def _decode(self, job: Job) -> Decoded:
-        ticket: Ticket = self._engine.submit(job)
-        try:
-            return await asyncio.wrap_future(ticket.future)
-        finally:
-            ticket.cancel()  # harmless when done; frees the row when the caller is gone
+    async def ListModels(
+        self,
+        request: pb.ListModelsRequest,
+        context: grpc.aio.ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse],
+    ) -> pb.ListModelsResponse:
+        """See limelight.proto."""
+        refuse_unknown_fields(request)
+        described = describe_model(self._model)
+        summary = pb.ModelSummary(
+            model=described.model, task=described.task, precision=described.precision, provider=described.provider
+        )
+        return pb.ListModelsResponse(models=[summary])
+
+    async def _generate(self, request: pb.GenerateRequest, deadline: float | None) -> pb.GenerateResponse:
+        asked = await self._off_loop(lambda: self._understand(request))
+        ticket = self._engine.submit(asked.job(deadline))
+        decoded = await _result(ticket)
+        return await self._off_loop(lambda: self._answer(asked, decoded, ticket))
 
     async def _off_loop(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -126,7 +151,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         asked.check_encoder_attention()
         return asked
 
-    def _answer(self, asked: Asked, decoded: Decoded) -> pb.GenerateResponse:
+    def _answer(self, asked: Asked, decoded: Decoded, ticket: Ticket) -> pb.GenerateResponse:
         hypotheses = [
             hypothesis_message(hypothesis, self._model.target, asked.wanted) for hypothesis in decoded.hypotheses
         ]
@@ -137,9 +162,10 @@ class LimelightService(rpc.LimelightServiceServicer):
             source_tokens=map(token_message, asked.source),
             attention=attention,
             hypotheses=hypotheses,
+            timings=timings_message(ticket),
         )
 
-    def _scored(self, asked: Asked, target: str, decoded: Decoded) -> pb.ScoreResponse:
+    def _scored(self, asked: Asked, target: str, decoded: Decoded, ticket: Ticket) -> pb.ScoreResponse:
         hypothesis = hypothesis_message(decoded.hypotheses[0], self._model.target, asked.wanted, target)
         attention = encoder_attention(asked.wanted, decoded.encoder_attention)
         check_size([*attention, *hypothesis.attention])
@@ -148,7 +174,15 @@ class LimelightService(rpc.LimelightServiceServicer):
             source_tokens=map(token_message, asked.source),
             attention=attention,
             hypothesis=hypothesis,
+            timings=timings_message(ticket),
         )
+
+
+async def _result(ticket: Ticket) -> Decoded:
+    try:
+        return await asyncio.wrap_future(ticket.future)
+    finally:
+        ticket.cancel()  # harmless when done; frees the row when the caller is gone
 
 
 def describe_model(model: ServedModel) -> pb.GetModelResponse:

@@ -34,8 +34,32 @@ class Refusal:
 
     code: grpc.StatusCode
     message: str
-    metadata: tuple[tuple[str, str | bytes], ...]
-    """Trailing metadata."""
+    reason: str
+    field: str = ""
+    """Path of the field at fault; empty where none is."""
+    retry_after: float = 0.0
+    """Seconds after which to try again; 0 where that does not help."""
+    request_id: str = ""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """Trailing metadata that say all of it."""
+        about = {"request_id": self.request_id}
+        details: list[Message] = []
+        pushback = []
+        if self.field:
+            about["field"] = self.field
+            violation = BadRequest.FieldViolation(field=self.field, description=self.message)
+            details.append(BadRequest(field_violations=[violation]))
+        if self.retry_after:
+            milliseconds = round(1000 * self.retry_after)
+            delay = Duration()
+            delay.FromMilliseconds(milliseconds)
+            details.append(RetryInfo(retry_delay=delay))
+            pushback.append((PUSHBACK_KEY, str(milliseconds)))
+        details.append(ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=about))
+        status = Status(code=self.code.value[0], message=self.message, details=map(_packed, details))
+        return ((DETAILS_KEY, status.SerializeToString()), *pushback)
 
     @property
     def unexpected(self) -> bool:
@@ -55,22 +79,14 @@ def refusal(error: Exception, request: object, request_id: str) -> Refusal:
     message = str(error)
     if outcome is UNKNOWN_FAULT:
         message = f"internal error (request {request_id} in the server's log)"
-    about = {"request_id": request_id}
-    details: list[Message] = []
-    metadata: list[tuple[str, str | bytes]] = []
-    if isinstance(error, InvalidRequestError):
-        field = _path(error.field, request)
-        about["field"] = field
-        details.append(BadRequest(field_violations=[BadRequest.FieldViolation(field=field, description=message)]))
-    if isinstance(error, QueueFullError):
-        milliseconds = round(1000 * error.retry_after)
-        delay = Duration()
-        delay.FromMilliseconds(milliseconds)
-        details.append(RetryInfo(retry_delay=delay))
-        metadata.append((PUSHBACK_KEY, str(milliseconds)))
-    details.append(ErrorInfo(reason=outcome.reason, domain=DOMAIN, metadata=about))
-    status = Status(code=outcome.code.value[0], message=message, details=map(_packed, details))
-    return Refusal(outcome.code, message, ((DETAILS_KEY, status.SerializeToString()), *metadata))
+    return Refusal(
+        outcome.code,
+        message,
+        outcome.reason,
+        field=_path(error.field, request) if isinstance(error, InvalidRequestError) else "",
+        retry_after=error.retry_after if isinstance(error, QueueFullError) else 0.0,
+        request_id=request_id,
+    )
 
 
 def _packed(detail: Message) -> AnyMessage:

@@ -8,8 +8,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from model.hypotheses import Node
 from model.tokenizer import SpanStream, Token
 from serve.bundle import ServedModel
-from serve.convert import Asked, check_size, encoder_attention, hypothesis_message, target_attention, token_message
-from serve.jobs import Decoded
+from serve.convert import (
+    Asked,
+    check_size,
+    encoder_attention,
+    hypothesis_message,
+    target_attention,
+    timings_message,
+    token_message,
+)
+from serve.jobs import Decoded, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
 OffLoop = Callable[[Callable[[], pb.GenerateStreamResponse]], Awaitable[pb.GenerateStreamResponse]]
@@ -42,8 +50,9 @@ class TokenStream:
         for item in new:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
-    async def events(self, future: asyncio.Future[Decoded]) -> AsyncIterator[pb.GenerateStreamResponse]:
+    async def events(self, ticket: Ticket) -> AsyncIterator[pb.GenerateStreamResponse]:
         """The stream, in order: a start, the tokens, an end; raises what the engine raised."""
+        future = asyncio.wrap_future(ticket.future)
         while not (future.done() and self._queue.empty()):
             getter = asyncio.ensure_future(self._queue.get())
             try:
@@ -53,7 +62,7 @@ class TokenStream:
             finally:
                 getter.cancel()
         decoded = future.result()
-        yield await self._off_loop(lambda: self._end(decoded))
+        yield await self._off_loop(lambda: self._end(decoded, ticket))
 
     async def _event(self, item: Decoded | Node) -> pb.GenerateStreamResponse:
         if isinstance(item, Node):
@@ -82,9 +91,9 @@ class TokenStream:
             )
         )
 
-    def _end(self, decoded: Decoded) -> pb.GenerateStreamResponse:
+    def _end(self, decoded: Decoded, ticket: Ticket) -> pb.GenerateStreamResponse:
         best, *others = decoded.hypotheses
         messages = [hypothesis_message(best, self._model.target, None)]
         messages += [hypothesis_message(other, self._model.target, self._asked.wanted) for other in others]
         check_size(one for message in messages for one in message.attention)
-        return pb.GenerateStreamResponse(end=pb.StreamEnd(hypotheses=messages))
+        return pb.GenerateStreamResponse(end=pb.StreamEnd(hypotheses=messages, timings=timings_message(ticket)))

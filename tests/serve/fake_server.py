@@ -120,6 +120,26 @@ class FakeService(LimelightServiceServicer):
             shortlist=16,
         )
 
+    def GenerateMany(  # noqa: N802
+        self, request_iterator: Iterator[pb.GenerateManyRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateManyResponse]:
+        """The last one first; an empty source has its own error."""
+        items = list(request_iterator)
+        context.add_callback(self.cancelled.set)
+        for item in reversed(items):
+            if item.request.source.startswith("!"):
+                self._take(item.request, context)
+            if item.request.source == "":
+                error = pb.ItemError(code=3, message="source: is empty", reason="INVALID_FIELD", field="source")
+                yield pb.GenerateManyResponse(id=item.id, error=error)
+            else:
+                whole = answer(item.request.source, item.request.attention, item.request.search.hypotheses or 1)
+                yield pb.GenerateManyResponse(id=item.id, answer=whole)
+
+    def ListModels(self, request: pb.ListModelsRequest, context: grpc.ServicerContext) -> pb.ListModelsResponse:  # noqa: N802, ARG002
+        summary = pb.ModelSummary(model=VERSION, task="g2p", precision="fp32", provider="cpu")
+        return pb.ListModelsResponse(models=[summary])
+
     def _take(
         self,
         request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest | pb.GetModelRequest,

@@ -33,9 +33,8 @@ def test_reflection_lists_the_services(running: Running) -> None:
 
 def test_reflection_describes_every_call(running: Running) -> None:
     described = grpcurl(running, "describe", SERVICE).stdout
-    assert [
-        name for name in ("Generate", "GenerateStream", "Score", "GetModel") if f"rpc {name} (" not in described
-    ] == []
+    calls = ("Generate", "GenerateStream", "GenerateMany", "Score", "GetModel", "ListModels")
+    assert [name for name in calls if f"rpc {name} (" not in described] == []
 
 
 @pytest.mark.parametrize("service", ["", SERVICE])

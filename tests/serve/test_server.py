@@ -57,7 +57,14 @@ def test_reflection_tells_services_and_their_messages(running: Running) -> None:
     }
     found = database.FindFileContainingSymbol(SERVICE)
     assert found.package == "limelight.v1"
-    assert [method.name for method in found.service[0].method] == ["Generate", "GenerateStream", "Score", "GetModel"]
+    assert [method.name for method in found.service[0].method] == [
+        "Generate",
+        "GenerateStream",
+        "GenerateMany",
+        "Score",
+        "GetModel",
+        "ListModels",
+    ]
 
 
 def test_the_system_chooses_a_port(running: Running, gated: Running) -> None:

@@ -30,7 +30,9 @@ class LimelightServiceStub:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect.
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
+    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
 
     def __init__(self, channel):
@@ -49,6 +51,11 @@ class LimelightServiceStub:
                 request_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/limelight.v1.LimelightService/GenerateMany',
+                request_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.Score = channel.unary_unary(
                 '/limelight.v1.LimelightService/Score',
                 request_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ScoreRequest.SerializeToString,
@@ -59,6 +66,11 @@ class LimelightServiceStub:
                 request_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/limelight.v1.LimelightService/ListModels',
+                request_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
 
 
 class LimelightServiceServicer:
@@ -66,7 +78,9 @@ class LimelightServiceServicer:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect.
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
+    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
 
     def Generate(self, request, context):
@@ -79,6 +93,14 @@ class LimelightServiceServicer:
     def GenerateStream(self, request, context):
         """The same, each token sent with its attention row as soon as it is certain: at once under greedy search; under beam
         search, when every hypothesis still in play shares it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateMany(self, request_iterator, context):
+        """Answer many source texts over one stream. Each has its own answer or error, sent as soon as it is ready, in any order;
+        one that fails does not end the stream. Requests are read no faster than answers are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +120,13 @@ class LimelightServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListModels(self, request, context):
+        """Which models are served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LimelightServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +140,11 @@ def add_LimelightServiceServicer_to_server(servicer, server):
                     request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamRequest.FromString,
                     response_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamResponse.SerializeToString,
             ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateManyRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateManyResponse.SerializeToString,
+            ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
                     request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ScoreRequest.FromString,
@@ -120,6 +154,11 @@ def add_LimelightServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GetModelRequest.FromString,
                     response_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ListModelsRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ListModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,7 +173,9 @@ class LimelightService:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect.
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
+    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
 
     @staticmethod
@@ -192,6 +233,33 @@ class LimelightService:
             _registered_method=True)
 
     @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/limelight.v1.LimelightService/GenerateMany',
+            serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateManyRequest.SerializeToString,
+            serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Score(request,
             target,
             options=(),
@@ -235,6 +303,33 @@ class LimelightService:
             '/limelight.v1.LimelightService/GetModel',
             serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GetModelRequest.SerializeToString,
             serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/limelight.v1.LimelightService/ListModels',
+            serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ListModelsRequest.SerializeToString,
+            serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

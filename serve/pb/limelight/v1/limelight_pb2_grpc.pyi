@@ -31,7 +31,9 @@ class LimelightServiceStub:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect.
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
+    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
 
     @_typing.overload
@@ -44,10 +46,16 @@ class LimelightServiceStub:
     """The same, each token sent with its attention row as soon as it is certain: at once under greedy search; under beam
     search, when every hypothesis still in play shares it.
     """
+    GenerateMany: _grpc.StreamStreamMultiCallable[_limelight_pb2.GenerateManyRequest, _limelight_pb2.GenerateManyResponse]
+    """Answer many source texts over one stream. Each has its own answer or error, sent as soon as it is ready, in any order;
+    one that fails does not end the stream. Requests are read no faster than answers are.
+    """
     Score: _grpc.UnaryUnaryMultiCallable[_limelight_pb2.ScoreRequest, _limelight_pb2.ScoreResponse]
     """Forced decoding: how likely a given target is, and the attention on the way to each of its tokens."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_limelight_pb2.GetModelRequest, _limelight_pb2.GetModelResponse]
     """What the served model is and what it takes."""
+    ListModels: _grpc.UnaryUnaryMultiCallable[_limelight_pb2.ListModelsRequest, _limelight_pb2.ListModelsResponse]
+    """Which models are served."""
 
 @_typing.type_check_only
 class LimelightServiceAsyncStub(LimelightServiceStub):
@@ -55,7 +63,9 @@ class LimelightServiceAsyncStub(LimelightServiceStub):
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect.
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
+    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -65,17 +75,25 @@ class LimelightServiceAsyncStub(LimelightServiceStub):
     """The same, each token sent with its attention row as soon as it is certain: at once under greedy search; under beam
     search, when every hypothesis still in play shares it.
     """
+    GenerateMany: _aio.StreamStreamMultiCallable[_limelight_pb2.GenerateManyRequest, _limelight_pb2.GenerateManyResponse]  # type: ignore[assignment]
+    """Answer many source texts over one stream. Each has its own answer or error, sent as soon as it is ready, in any order;
+    one that fails does not end the stream. Requests are read no faster than answers are.
+    """
     Score: _aio.UnaryUnaryMultiCallable[_limelight_pb2.ScoreRequest, _limelight_pb2.ScoreResponse]  # type: ignore[assignment]
     """Forced decoding: how likely a given target is, and the attention on the way to each of its tokens."""
     GetModel: _aio.UnaryUnaryMultiCallable[_limelight_pb2.GetModelRequest, _limelight_pb2.GetModelResponse]  # type: ignore[assignment]
     """What the served model is and what it takes."""
+    ListModels: _aio.UnaryUnaryMultiCallable[_limelight_pb2.ListModelsRequest, _limelight_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """Which models are served."""
 
 class LimelightServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers from one model, with the attention that produced them.
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect.
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
+    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
 
     @_abc_1.abstractmethod
@@ -97,6 +115,16 @@ class LimelightServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GenerateMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_limelight_pb2.GenerateManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_limelight_pb2.GenerateManyResponse], _abc.AsyncIterator[_limelight_pb2.GenerateManyResponse]]:
+        """Answer many source texts over one stream. Each has its own answer or error, sent as soon as it is ready, in any order;
+        one that fails does not end the stream. Requests are read no faster than answers are.
+        """
+
+    @_abc_1.abstractmethod
     def Score(
         self,
         request: _limelight_pb2.ScoreRequest,
@@ -111,5 +139,13 @@ class LimelightServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_limelight_pb2.GetModelResponse, _abc.Awaitable[_limelight_pb2.GetModelResponse]]:
         """What the served model is and what it takes."""
+
+    @_abc_1.abstractmethod
+    def ListModels(
+        self,
+        request: _limelight_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_limelight_pb2.ListModelsResponse, _abc.Awaitable[_limelight_pb2.ListModelsResponse]]:
+        """Which models are served."""
 
 def add_LimelightServiceServicer_to_server(servicer: LimelightServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
