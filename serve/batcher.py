@@ -8,6 +8,7 @@ sentences join between steps    finished, cancelled, expired ones leave
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from model.forced import score
 from model.reading import read
 from model.search import STEPS_AHEAD, Decoding, Hypothesis, Sentence
 from model.steps import Family, Memory, StepModel
-from serve.errors import EngineError, ExpiredError
+from serve.errors import EngineError, ExpiredError, OutOfMemoryError
 from serve.jobs import Decoded, EngineLimits, Ticket
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class Kind(NamedTuple):
 
     beam_size: int
     shortlist: bool
+    alone: int = 0
+    """Another number for each that has a lane to itself."""
 
 
 class Batcher:
@@ -47,13 +50,15 @@ class Batcher:
     def __init__(self, model: StepModel, limits: EngineLimits, shortlist: StepModel | None = None) -> None:
         self._models, self._limits = {False: model, True: shortlist or model}, limits
         self._lanes: dict[Kind, Lane] = {}
-        self._paces: dict[Kind, Pace] = {}
+        self._paces: dict[tuple[int, bool], Pace] = {}
         self._counted: tuple[int, int, int] | None = None
+        self._again: deque[Ticket] = deque()
+        self._retries = 0
 
     @property
     def busy(self) -> bool:
-        """Something is being decoded."""
-        return bool(self._lanes)
+        """Something is being decoded, or is to be tried again."""
+        return bool(self._lanes or self._again)
 
     @property
     def rows(self) -> int:
@@ -97,7 +102,7 @@ class Batcher:
             if together := [ticket for ticket in tickets if ticket.job.shortlist == shortlist]:
                 self._admit(model, together, shortlist)
 
-    def _admit(self, model: StepModel, tickets: Sequence[Ticket], shortlist: bool) -> None:
+    def _admit(self, model: StepModel, tickets: Sequence[Ticket], shortlist: bool, alone: int = 0) -> None:
         sources = [ticket.job.source for ticket in tickets]
         wanted = any("encoder" in ticket.job.attention for ticket in tickets)
         try:
@@ -114,10 +119,11 @@ class Batcher:
             for width in dict.fromkeys(ticket.job.options.beam_size for ticket in tickets):
                 indices = [index for index, ticket in enumerate(tickets) if ticket.job.options.beam_size == width]
                 chosen = [tickets[index] for index in indices]
-                self._join(Kind(width, shortlist), memory, indices, chosen, [begun[index] for index in indices])
-        except Exception:
+                kind = Kind(width, shortlist, alone)
+                self._join(kind, memory, indices, chosen, [begun[index] for index in indices])
+        except Exception as error:
             log.exception("a batch of %d could not be read", len(tickets))
-            _fail(tickets)
+            self._failed(tickets, error)
 
     def _join(
         self,
@@ -127,14 +133,14 @@ class Batcher:
         tickets: Sequence[Ticket],
         begun: Sequence[Decoded],
     ) -> None:
-        pace = self._paces.setdefault(kind, Pace(self._limits.call_seconds))
+        pace = self._paces.setdefault((kind.beam_size, kind.shortlist), Pace(self._limits.call_seconds))
         lane = self._lanes.setdefault(kind, Lane(self._models[kind.shortlist], kind.beam_size, pace))
         try:
             lane.join(memory, indices, tickets, begun)
-        except Exception:
+        except Exception as error:
             log.exception("%d sentences could not join %d others", len(tickets), len(lane.tickets))
-            _fail([*tickets, *lane.tickets])  # half joined, it is of no use to anybody
-            del self._lanes[kind]
+            del self._lanes[kind]  # half joined, it is of no use to anybody
+            self._failed(list(dict.fromkeys([*tickets, *lane.tickets])), error)
 
     def step(self) -> None:
         """One decoder step, or a few, for everything that is under way."""
@@ -144,13 +150,36 @@ class Batcher:
                 lane.drop_unwanted()
                 if not lane.empty:
                     lane.step()
-            except Exception:
+            except Exception as error:
                 log.exception("a step of %d rows failed", lane.decoding.rows)
-                _fail(lane.tickets)
                 del self._lanes[kind]
+                self._failed(lane.tickets, error)
             else:
                 if lane.empty:
                     del self._lanes[kind]
+        self._retry()
+
+    def _failed(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        """Whoever failed among others is tried once more, by itself; what fails by itself has failed."""
+        if len(tickets) > 1:
+            self._again.extend(tickets)
+            return
+        for ticket in tickets:
+            if _out_of_memory(error):
+                ticket.fail(OutOfMemoryError("there is not enough memory for this request: ask for less, or later"))
+            else:
+                ticket.fail(EngineError("the engine failed on this request"))
+
+    def _retry(self) -> None:
+        """Let one of those that failed among others begin anew; one at a time, so that nobody waits for all of them."""
+        while self._again:
+            ticket = self._again.popleft()
+            if not _given_up(ticket) and not ticket.future.done():
+                self._retries += 1
+                shortlist = ticket.job.shortlist
+                self._counted = None
+                self._admit(self._models[shortlist], [ticket], shortlist, self._retries)
+                return
 
 
 class Pace:
@@ -221,10 +250,7 @@ class Lane:
         """Take out what nobody waits for any more, before it costs another step."""
         unwanted = []
         for sentence, (ticket, _) in self._under_way.items():
-            expired = ticket.expired
-            if expired:
-                ticket.fail(ExpiredError("the deadline passed before the answer was ready"))
-            if expired or ticket.cancelled:
+            if _given_up(ticket):
                 unwanted.append(sentence)
         self.decoding.leave(unwanted)
         for sentence in unwanted:
@@ -278,6 +304,14 @@ def _only(families: frozenset[Family], hypothesis: Hypothesis) -> Hypothesis:
     )
 
 
-def _fail(tickets: Sequence[Ticket]) -> None:
-    for ticket in tickets:
-        ticket.fail(EngineError("the engine failed on this batch"))
+def _given_up(ticket: Ticket) -> bool:
+    """Whether nobody waits for a ticket any more; one whose deadline has passed fails."""
+    expired = ticket.expired
+    if expired:
+        ticket.fail(ExpiredError("the deadline passed before the answer was ready"))
+    return expired or ticket.cancelled
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # ONNX Runtime has no class of its own for it; its allocator's words are these.
+    return isinstance(error, MemoryError) or "Failed to allocate memory" in str(error)

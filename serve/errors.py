@@ -41,6 +41,10 @@ class EngineError(ServeError):
     """The engine failed on a request through no fault of the request."""
 
 
+class OutOfMemoryError(ServeError):
+    """There was not enough memory for a request, tried by itself."""
+
+
 class AddressError(ServeError):
     """The server cannot listen where it was told to."""
 
@@ -71,6 +75,7 @@ OUTCOMES: Mapping[type[LimelightError], Outcome] = {
     QueueFullError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     ExpiredError: Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     ShuttingDownError: Outcome(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    OutOfMemoryError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     BundleError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
 }
 """Every error that a client may see the text of."""

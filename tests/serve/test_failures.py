@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -14,14 +15,15 @@ from model.steps import Array, Memory, Question, Step
 from model.store import ArrayStore, Store
 from model.vocabulary import END
 from serve.engine import Engine
-from serve.errors import EngineError
-from serve.jobs import EngineLimits, Ticket
+from serve.errors import EngineError, ExpiredError, OutOfMemoryError, outcome_of
+from serve.jobs import EngineLimits, Ticket, deadline_in
 from tests.serve.jobs import EVERY_WORD, LONG, MIDDLE, SHORT, MakeEngine, alone, job, occupied, result, same, tokens
 from tests.serve.running import PATIENCE
 from tests.serve.steps import Echo, Gated
 
 UNREADABLE = 11
 BAD, STEADY = [UNREADABLE, 4, 4, 4, END], [5, 6, 7, 8, 9, 4, 5, END]
+OTHER = [9, 8, 7, 6, 5, 4, END]
 
 Start = Callable[[Echo], tuple[Engine, Gated]]
 
@@ -81,45 +83,108 @@ def start() -> Iterator[Start]:
 
 def assert_failed(*tickets: Ticket) -> None:
     for ticket in tickets:
-        with pytest.raises(EngineError, match=r"^the engine failed on this batch$"):
+        with pytest.raises(EngineError, match=r"^the engine failed on this request$"):
             result(ticket)
 
 
 @pytest.mark.parametrize("target", [None, SHORT], ids=["search", "score"])
 @pytest.mark.parametrize("model", [FailingEncoder(), FailingDecoder()], ids=["encoder", "decoder"])
-def test_a_failing_model_fails_its_batch_alone(
+def test_fault_32_of_a_batch_that_fails_only_those_fail_that_fail_alone(
     start: Start, caplog: pytest.LogCaptureFixture, model: Echo, target: list[int] | None
 ) -> None:
     engine, steps = start(model)
     first = occupied(engine, steps, STEADY)
-    bad = [engine.submit(job(source, beam_size=2, target=target)) for source in (MIDDLE, BAD)]
+    mates = [engine.submit(job(source, 2, 2, target=target)) for source in (MIDDLE, LONG[:6])]
+    bad = [engine.submit(job(BAD, beam_size=2, target=target)) for _ in range(2)]
+    mates.append(engine.submit(job(MIDDLE, 2, 2, target=target)))
     with caplog.at_level(logging.CRITICAL):
-        steps.let(3)
+        steps.open()
         assert_failed(*bad)
-    later = [engine.submit(job(MIDDLE, 2, 2)), engine.submit(job(MIDDLE, target=SHORT))]
-    assert not first.future.done()
-    steps.open()
+        for ticket, source in zip(mates, (MIDDLE, LONG[:6], MIDDLE), strict=True):
+            if target is None:
+                assert same(result(ticket).hypotheses, alone(source, 2))
+            else:
+                assert tokens(ticket) == target
     assert same(result(first).hypotheses, alone(STEADY, 1))
-    assert same(result(later[0]).hypotheses, alone(MIDDLE, 2))
-    assert tokens(later[1]) == SHORT
+    assert max(steps.batches) == 5
+    assert steps.batches.count(1) >= 1 + len(mates)
 
 
-def test_a_failing_step_fails_what_is_decoded_in_it_and_nothing_else(
+def test_fault_32_a_step_that_fails_midway_fails_the_poisonous_row_alone(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, steps = start(FailingDecoder(after=2))
     first = occupied(engine, steps, STEADY)
+    told: list[int] = []
     bad, mate, finished = (engine.submit(job(source, beam_size=1)) for source in (BAD, MIDDLE, SHORT))
+    streamed = engine.submit(job(OTHER, on_settled=lambda _, nodes: told.append(len(nodes))))
     aside = engine.submit(job(MIDDLE, 3, 3))
     with caplog.at_level(logging.CRITICAL):
         steps.open()
-        assert_failed(first, bad, mate)
-    assert tokens(finished) == SHORT
+        assert_failed(bad)
+    for ticket, source in ((first, STEADY), (mate, MIDDLE), (finished, SHORT), (streamed, OTHER)):
+        assert same(result(ticket).hypotheses, alone(source, 1))
+    assert told[-1] == len(OTHER)
     assert same(result(aside).hypotheses, alone(MIDDLE, 3))
     assert same(result(engine.submit(job(LONG[:6]))).hypotheses, alone(LONG[:6], 1))
 
 
-def test_a_store_that_cannot_let_go_fails_its_batch_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+def test_fault_32_who_has_gone_or_is_late_is_not_tried_again(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    engine, steps = start(FailingDecoder())
+    first = occupied(engine, steps, STEADY)
+    bad, gone = (engine.submit(job(source, beam_size=2)) for source in (BAD, MIDDLE))
+    late = engine.submit(job(MIDDLE, beam_size=2, deadline=deadline_in(0.2)))
+    with caplog.at_level(logging.CRITICAL):
+        steps.let(2)
+        steps.wait(2)  # the first one's next, and theirs
+        gone.cancel()
+        while not late.expired:
+            pass
+        steps.open()
+        assert_failed(bad)
+        with pytest.raises(ExpiredError):
+            result(late)
+    assert gone.future.cancelled()
+    assert tokens(first) == STEADY
+    assert steps.batches == [1, 3, 1]
+
+
+class Small(Echo):
+    """Has memory for so many rows at a time, and for no source with one of the tokens."""
+
+    def __init__(self, rows: int, error: Exception) -> None:
+        self._rows, self._error = rows, error
+
+    def step(self, question: Question) -> Step:
+        if question.target_ids.size > self._rows or (question.memory.tensors[0] == UNREADABLE).any():
+            raise self._error
+        return super().step(question)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("secret of the runtime"),
+        RuntimeError("bfc_arena.cc: Failed to allocate memory for requested buffer of size 123456"),
+    ],
+    ids=["numpy", "runtime"],
+)
+def test_fault_33_a_batch_without_memory_is_split_and_what_has_none_alone_is_told(
+    start: Start, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    engine, steps = start(Small(3, error))
+    first = occupied(engine, steps, STEADY)
+    fitting = [engine.submit(job(source)) for source in (MIDDLE, SHORT, OTHER)]
+    large = engine.submit(job(BAD))
+    with caplog.at_level(logging.CRITICAL):
+        steps.open()
+        with pytest.raises(OutOfMemoryError, match=r"^there is not enough memory for this request"):
+            result(large)
+        assert [tokens(ticket) for ticket in (first, *fitting)] == [STEADY, MIDDLE, SHORT, OTHER]
+    assert outcome_of(OutOfMemoryError()).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_store_that_cannot_let_go_costs_a_second_try_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     steps = GatedClinging(Echo())
     engine = Engine(steps, EngineLimits())
     first = occupied(engine, steps, STEADY)
@@ -129,7 +194,7 @@ def test_a_store_that_cannot_let_go_fails_its_batch_and_not_the_engine(caplog: p
     with caplog.at_level(logging.CRITICAL):
         second.cancel()
         steps.open()
-        assert_failed(first)
+        assert tokens(first) == STEADY
     assert engine.alive
     assert tokens(engine.submit(job(MIDDLE))) == MIDDLE
     assert engine.stop(PATIENCE)

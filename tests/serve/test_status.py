@@ -18,6 +18,7 @@ from serve.errors import (
     EngineError,
     ExpiredError,
     ModelNotFoundError,
+    OutOfMemoryError,
     QueueFullError,
     ShuttingDownError,
 )
@@ -34,6 +35,7 @@ ERRORS: list[tuple[Exception, grpc.StatusCode, str]] = [
     (QueueFullError("full", 0.25), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (ExpiredError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     (ShuttingDownError("stopping"), grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    (OutOfMemoryError("too little"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (BundleError("damaged"), grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
     (EngineError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
     (ZeroDivisionError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
