@@ -61,6 +61,11 @@ class Batcher:
         return bool(self._lanes or self._again)
 
     @property
+    def tickets(self) -> list[Ticket]:
+        """Of all that is under way or is to be tried again; from any thread, as it was a moment ago."""
+        return [*(ticket for lane in list(self._lanes.values()) for ticket in lane.tickets), *self._again]
+
+    @property
     def rows(self) -> int:
         """Rows that the next round of steps computes."""
         return sum(lane.decoding.rows for lane in self._lanes.values())
@@ -225,7 +230,7 @@ class Lane:
     @property
     def tickets(self) -> list[Ticket]:
         """Of the jobs under way."""
-        return [ticket for ticket, _ in self._under_way.values()]
+        return [ticket for ticket, _ in list(self._under_way.values())]
 
     @property
     def tokens(self) -> int:

@@ -48,6 +48,9 @@ def serve(
         float, typer.Option(min=0, help="Several steps go into one call that ends in this time; 0 takes single steps.")
     ] = DEFAULTS.call_seconds,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have when stopping.")] = 30.0,
+    watchdog: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that one computation may take; then the server fails and ends.")
+    ] = 60.0,
     port_file: Annotated[
         Path | None, typer.Option(help="Write the port here once the server answers; for scripts using port 0.")
     ] = None,
@@ -63,10 +66,14 @@ def serve(
         attention=attention,
         call_seconds=call_seconds,
     )
-    options = ServerOptions(host=host, port=port, grace=grace, limits=limits)
+    options = ServerOptions(host=host, port=port, grace=grace, limits=limits, watchdog=watchdog)
 
+    _run(model, options, port_file)
+
+
+def _run(model: ServedModel, options: ServerOptions, port_file: Path | None) -> None:
     def ready(bound: int) -> None:
-        _announce(model, f"{host}:{bound}")
+        _announce(model, f"{options.host}:{bound}")
         if port_file is not None:
             _write_port(port_file, bound)
 

@@ -13,7 +13,7 @@ from collections import deque
 from model.errors import InvalidRequestError
 from model.steps import StepModel
 from serve.batcher import Batcher
-from serve.errors import STOPPING, ExpiredError, QueueFullError, ShuttingDownError
+from serve.errors import FAILED, STOPPING, EngineFailedError, ExpiredError, QueueFullError, ShuttingDownError
 from serve.jobs import EngineLimits, Job, Ticket
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,9 @@ class Engine:
         self._batcher = Batcher(model, self._limits, shortlist)
         self._queue: deque[Ticket] = deque()
         self._outflow = Outflow()
+        self._entered: float | None = None
+        self._given_up = False
+        self._joining: list[Ticket] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name="limelight-engine", daemon=True)
@@ -82,8 +85,23 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """The worker is running."""
-        return self._worker.is_alive()
+        """The worker is running, and nobody has given it up."""
+        return self._worker.is_alive() and not self._given_up
+
+    @property
+    def silent(self) -> float:
+        """Seconds since it last came back from what it computes; 0 while it waits for work."""
+        entered = self._entered
+        return 0.0 if entered is None else time.monotonic() - entered
+
+    def give_up(self) -> None:
+        """Take nothing more, and fail all that waits or is under way: for one that is dead or does not come back."""
+        self._given_up = True
+        with self._changed:
+            left = [*self._queue, *self._joining, *self._batcher.tickets]
+            self._queue.clear()
+        for ticket in left:
+            ticket.fail(EngineFailedError(FAILED))
 
     def submit(self, job: Job) -> Ticket:
         """Queue a job.
@@ -93,13 +111,16 @@ class Engine:
                 where there is none, or one that does not go with the rest.
             QueueFullError: too many are waiting.
             ShuttingDownError: the engine takes no more.
+            EngineFailedError: the engine has died or was given up.
         """
         job.options.check_vocabulary(self._vocabulary)  # here, where it is no fault of a batch
         self._check_shortlist(job)
         ticket = Ticket(job)
         with self._changed:
-            if self._stopping or not self.alive:
+            if self._stopping:
                 raise ShuttingDownError(STOPPING)
+            if not self.alive:
+                raise EngineFailedError(FAILED)
             if len(self._queue) >= self._limits.queue:
                 self._drop_unwanted()
             if len(self._queue) >= self._limits.queue:
@@ -131,11 +152,21 @@ class Engine:
         return not self._worker.is_alive()
 
     def _work(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            log.critical("the engine's thread has died", exc_info=True)
+            self.give_up()
+
+    def _run(self) -> None:
         while True:
-            arrived = self._take()
-            if arrived:
-                self._batcher.admit(arrived)
+            self._entered = None
+            self._joining = self._take()
+            self._entered = time.monotonic()
+            if self._joining:
+                self._batcher.admit(self._joining)
             elif not self._batcher.busy:
+                self._entered = None
                 return
             self._batcher.step()
 

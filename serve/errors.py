@@ -41,6 +41,10 @@ class EngineError(ServeError):
     """The engine failed on a request through no fault of the request."""
 
 
+class EngineFailedError(ServeError):
+    """The engine itself has died or hangs: another replica can answer."""
+
+
 class OutOfMemoryError(ServeError):
     """There was not enough memory for a request, tried by itself."""
 
@@ -55,6 +59,10 @@ class ProviderError(ServeError):
 
 STOPPING = "the server is shutting down and takes no new requests"
 """What a `ShuttingDownError` says."""
+
+
+FAILED = "the server's engine has failed"
+"""What an `EngineFailedError` says."""
 
 
 class Outcome(NamedTuple):
@@ -74,6 +82,7 @@ OUTCOMES: Mapping[type[LimelightError], Outcome] = {
     ModelNotFoundError: Outcome(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
     QueueFullError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     ExpiredError: Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
+    EngineFailedError: Outcome(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED"),
     ShuttingDownError: Outcome(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     OutOfMemoryError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     BundleError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),

@@ -43,6 +43,9 @@ OPTIONS = (
 RETRY_AFTER = 1.0
 """Seconds after which a caller is to try again who came while too many calls were in flight."""
 
+WATCH = 0.5
+"""Most seconds between two looks at whether the engine comes back."""
+
 FLUSH = 2.0
 """Seconds that finished answers have to leave when stopping."""
 
@@ -65,6 +68,8 @@ class ServerOptions:
     """Seconds that calls in flight have to finish when stopping."""
     limits: EngineLimits = field(default_factory=EngineLimits)
     """What the engine takes on at a time."""
+    watchdog: float = 60.0
+    """Seconds for which the engine may compute without coming back; then the server gives it up and ends."""
 
 
 class Server:
@@ -72,13 +77,30 @@ class Server:
 
     Attributes:
         port: that it listens on.
+        failed: set when the engine has died or was given up; health says NOT_SERVING from then on.
     """
 
     def __init__(
-        self, server: grpc.aio.Server, engine: Engine, servicer: health.aio.HealthServicer, calls: Calls, port: int
+        self,
+        server: grpc.aio.Server,
+        engine: Engine,
+        servicer: health.aio.HealthServicer,
+        calls: Calls,
+        port: int,
+        watchdog: float,
     ) -> None:
         self._server, self._engine, self._health, self._calls = server, engine, servicer, calls
         self.port = port
+        self.failed = asyncio.Event()
+        self._watching = asyncio.create_task(self._watch(watchdog))
+
+    async def _watch(self, seconds: float) -> None:
+        while self._engine.alive and self._engine.silent < seconds:  # noqa: ASYNC110  # of another thread
+            await asyncio.sleep(min(seconds / 4, WATCH))
+        log.critical("the engine %s", "hangs: it is given up" if self._engine.alive else "has failed")
+        await self._health.enter_graceful_shutdown()
+        self._engine.give_up()
+        self.failed.set()
 
     async def stop(self, grace: float) -> bool:
         """Stop taking calls and finish those in flight.
@@ -89,6 +111,7 @@ class Server:
         Returns:
             Whether all of them finished.
         """
+        self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         self._calls.draining = True
         finished = await self._calls.wait_until_idle(grace)
@@ -232,11 +255,11 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     await server.start()
     for name in ("", SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server, engine, servicer, calls, port)
+    return Server(server, engine, servicer, calls, port, options.watchdog)
 
 
 async def serve_until_signal(model: ServedModel, options: ServerOptions, ready: Callable[[int], None]) -> bool:
-    """Serve until SIGTERM or SIGINT, then stop gracefully; a second signal stops at once.
+    """Serve until SIGTERM or SIGINT, then stop gracefully; a second signal, or an engine that failed, stops at once.
 
     Args:
         model: what to serve.
@@ -244,7 +267,7 @@ async def serve_until_signal(model: ServedModel, options: ServerOptions, ready: 
         ready: told the port when the server answers.
 
     Returns:
-        Whether everything in flight was finished.
+        Whether everything in flight was finished, and the engine had not failed.
     """
     server = await create_server(model, options)
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -256,7 +279,14 @@ async def serve_until_signal(model: ServedModel, options: ServerOptions, ready: 
     except BaseException:
         await server.stop(0)
         raise
-    log.info("stopping: signal %s", signal.Signals(await signals.get()).name)
+    failed = asyncio.ensure_future(server.failed.wait())
+    first = asyncio.ensure_future(signals.get())
+    await asyncio.wait((first, failed), return_when=asyncio.FIRST_COMPLETED)
+    if not first.done():
+        await server.stop(FLUSH)  # whoever waited is told
+        return False
+    failed.cancel()
+    log.info("stopping: signal %s", signal.Signals(first.result()).name)
     stopping = asyncio.ensure_future(server.stop(options.grace))
     impatient = asyncio.ensure_future(signals.get())
     await asyncio.wait((stopping, impatient), return_when=asyncio.FIRST_COMPLETED)

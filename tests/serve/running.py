@@ -52,9 +52,10 @@ class Running:
 
 
 @contextmanager
-def serving(model: ServedModel, limits: EngineLimits | None = None) -> Iterator[Running]:
+def serving(model: ServedModel, limits: EngineLimits | None = None, **options: Any) -> Iterator[Running]:
     """A server on a free port, stopped at the end whatever is left of it."""
-    server = begin(create_server(model, ServerOptions(port=0, limits=limits or EngineLimits()))).result(PATIENCE)
+    chosen = ServerOptions(port=0, limits=limits or EngineLimits(), **options)
+    server = begin(create_server(model, chosen)).result(PATIENCE)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield Running(server, channel, LimelightServiceStub(channel))

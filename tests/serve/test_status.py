@@ -16,6 +16,7 @@ from serve.engine import LEAST_WAIT, MOST_WAIT, UNKNOWN_WAIT, Outflow
 from serve.errors import (
     OUTCOMES,
     EngineError,
+    EngineFailedError,
     ExpiredError,
     ModelNotFoundError,
     OutOfMemoryError,
@@ -34,6 +35,7 @@ ERRORS: list[tuple[Exception, grpc.StatusCode, str]] = [
     (ModelNotFoundError("no such model"), grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
     (QueueFullError("full", 0.25), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (ExpiredError("late"), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
+    (EngineFailedError("dead"), grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED"),
     (ShuttingDownError("stopping"), grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (OutOfMemoryError("too little"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (BundleError("damaged"), grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
