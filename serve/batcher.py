@@ -38,6 +38,17 @@ class Kind(NamedTuple):
     """Another number for each that has a lane to itself."""
 
 
+@dataclasses.dataclass
+class Counts:
+    """What was done since the beginning."""
+
+    source_tokens: int = 0
+    padded_source_tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    retries: int = 0
+
+
 class Batcher:
     """The jobs under way.
 
@@ -45,6 +56,9 @@ class Batcher:
         model: what computes the steps.
         limits: what to take on at a time.
         shortlist: computes the steps of searches among candidates; without it there is to be none.
+
+    Attributes:
+        counts: what was done.
     """
 
     def __init__(self, model: StepModel, limits: EngineLimits, shortlist: StepModel | None = None) -> None:
@@ -53,7 +67,7 @@ class Batcher:
         self._paces: dict[tuple[int, bool], Pace] = {}
         self._counted: tuple[int, int, int] | None = None
         self._again: deque[Ticket] = deque()
-        self._retries = 0
+        self.counts = Counts()
 
     @property
     def busy(self) -> bool:
@@ -109,6 +123,9 @@ class Batcher:
 
     def _admit(self, model: StepModel, tickets: Sequence[Ticket], shortlist: bool, alone: int = 0) -> None:
         sources = [ticket.job.source for ticket in tickets]
+        lengths = [len(source) for source in sources]
+        self.counts.source_tokens += sum(lengths)
+        self.counts.padded_source_tokens += len(lengths) * max(lengths)
         wanted = any("encoder" in ticket.job.attention for ticket in tickets)
         try:
             memory = read(model, sources, attention=wanted)
@@ -154,7 +171,10 @@ class Batcher:
             try:
                 lane.drop_unwanted()
                 if not lane.empty:
-                    lane.step()
+                    rows = lane.decoding.rows
+                    taken = lane.step()
+                    self.counts.steps += taken
+                    self.counts.row_steps += taken * rows
             except Exception as error:
                 log.exception("a step of %d rows failed", lane.decoding.rows)
                 del self._lanes[kind]
@@ -180,10 +200,10 @@ class Batcher:
         while self._again:
             ticket = self._again.popleft()
             if not _given_up(ticket) and not ticket.future.done():
-                self._retries += 1
+                self.counts.retries += 1
                 shortlist = ticket.job.shortlist
                 self._counted = None
-                self._admit(self._models[shortlist], [ticket], shortlist, self._retries)
+                self._admit(self._models[shortlist], [ticket], shortlist, self.counts.retries)
                 return
 
 
@@ -261,11 +281,12 @@ class Lane:
         for sentence in unwanted:
             del self._under_way[sentence]
 
-    def step(self) -> None:
-        """One step, or as many as fit into one short call; what is ready is handed over."""
+    def step(self) -> int:
+        """One step, or as many as fit into one short call; what is ready is handed over. Returns how many."""
         started, clock, rows = time.perf_counter(), self.decoding.clock, self.decoding.rows
         stepped = self.decoding.step(self._pace.steps(rows))
-        self._pace.took(rows, self.decoding.clock - clock, time.perf_counter() - started)
+        taken = self.decoding.clock - clock
+        self._pace.took(rows, taken, time.perf_counter() - started)
         for sentence in stepped:
             ticket, begun = self._under_way[sentence]
             if ticket.job.on_settled is not None:
@@ -273,6 +294,7 @@ class Lane:
             if sentence.done:
                 del self._under_way[sentence]
                 _deliver(ticket, begun, sentence.results)
+        return taken
 
     def _tell(self, ticket: Ticket, begun: Decoded, sentence: Sentence) -> None:
         try:

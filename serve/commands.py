@@ -48,6 +48,10 @@ def serve(
         float, typer.Option(min=0, help="Several steps go into one call that ends in this time; 0 takes single steps.")
     ] = DEFAULTS.call_seconds,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that calls in flight have when stopping.")] = 30.0,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port for Prometheus' scrapes, on the same host; none if left out."),
+    ] = None,
     watchdog: Annotated[
         float, typer.Option(min=0.1, help="Seconds that one computation may take; then the server fails and ends.")
     ] = 60.0,
@@ -66,7 +70,9 @@ def serve(
         attention=attention,
         call_seconds=call_seconds,
     )
-    options = ServerOptions(host=host, port=port, grace=grace, limits=limits, watchdog=watchdog)
+    options = ServerOptions(
+        host=host, port=port, grace=grace, limits=limits, metrics_port=metrics_port, watchdog=watchdog
+    )
 
     _run(model, options, port_file)
 

@@ -12,7 +12,7 @@ from collections import deque
 
 from model.errors import InvalidRequestError
 from model.steps import StepModel
-from serve.batcher import Batcher
+from serve.batcher import Batcher, Counts
 from serve.errors import FAILED, STOPPING, EngineFailedError, ExpiredError, QueueFullError, ShuttingDownError
 from serve.jobs import EngineLimits, Job, Ticket
 
@@ -82,6 +82,16 @@ class Engine:
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def rows(self) -> int:
+        """Rows under way, as it was a moment ago."""
+        return sum(ticket.job.options.beam_size for ticket in self._batcher.tickets)
+
+    @property
+    def counts(self) -> Counts:
+        """What was done since the beginning."""
+        return self._batcher.counts
 
     @property
     def alive(self) -> bool:

@@ -7,6 +7,8 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import grpc
+
 from model.errors import InvalidRequestError
 from serve.errors import STOPPING, ShuttingDownError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
@@ -24,7 +26,10 @@ Answer = Callable[[pb.GenerateRequest], Awaitable[pb.GenerateResponse]]
 
 
 async def answer_many(
-    requests: AsyncIterator[pb.GenerateManyRequest], answer: Answer, stopping: Callable[[], bool]
+    requests: AsyncIterator[pb.GenerateManyRequest],
+    answer: Answer,
+    stopping: Callable[[], bool],
+    told: Callable[[str, str], None] = lambda code, reason: None,
 ) -> AsyncIterator[pb.GenerateManyResponse]:
     """Answers in the order in which they are ready; ends when all that came are answered and no more will come.
 
@@ -32,13 +37,16 @@ async def answer_many(
         requests: as they are read. What goes wrong with reading them is raised.
         answer: answers one. What it raises becomes that item's error.
         stopping: the server takes nothing new; items that come now are refused, those that came are answered.
+        told: code and reason of each item's end.
     """
     places = asyncio.Semaphore(TOGETHER)
     ready: asyncio.Queue[pb.GenerateManyResponse] = asyncio.Queue()
     under_way: set[asyncio.Task[None]] = set()
 
     async def work(item: pb.GenerateManyRequest) -> None:
-        ready.put_nowait(await _answered(item, _refuse if stopping() else answer))
+        found = await _answered(item, _refuse if stopping() else answer)
+        told(_code(found.error.code).name, found.error.reason or "OK")
+        ready.put_nowait(found)
 
     async def read() -> None:
         async for item in requests:
@@ -66,6 +74,10 @@ async def answer_many(
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+def _code(number: int) -> grpc.StatusCode:
+    return next(code for code in grpc.StatusCode if code.value[0] == number)
 
 
 async def _refuse(request: pb.GenerateRequest) -> pb.GenerateResponse:  # noqa: ARG001

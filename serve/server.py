@@ -8,8 +8,10 @@ from __future__ import annotations  # grpc's classes are generic to mypy alone
 import asyncio
 import logging
 import signal
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +23,10 @@ from serve.bundle import ServedModel
 from serve.engine import Engine
 from serve.errors import STOPPING, AddressError, QueueFullError, ShuttingDownError
 from serve.jobs import EngineLimits
+from serve.metrics import Metrics, Scraped
 from serve.pb.limelight.v1 import limelight_pb2, limelight_pb2_grpc
 from serve.service import LimelightService
-from serve.status import refusal
+from serve.status import Refusal, refusal
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,8 @@ class ServerOptions:
     """Seconds that calls in flight have to finish when stopping."""
     limits: EngineLimits = field(default_factory=EngineLimits)
     """What the engine takes on at a time."""
+    metrics_port: int | None = None
+    """Port for Prometheus' scrapes, on the same host; 0 takes a free one, None none at all."""
     watchdog: float = 60.0
     """Seconds for which the engine may compute without coming back; then the server gives it up and ends."""
 
@@ -77,6 +82,7 @@ class Server:
 
     Attributes:
         port: that it listens on.
+        metrics_port: that scrapes are answered on; None where they are not.
         failed: set when the engine has died or was given up; health says NOT_SERVING from then on.
     """
 
@@ -88,11 +94,15 @@ class Server:
         calls: Calls,
         port: int,
         watchdog: float,
+        metrics: Metrics,
+        scraped: Scraped | None,
     ) -> None:
         self._server, self._engine, self._health, self._calls = server, engine, servicer, calls
         self.port = port
+        self._scraped = scraped
+        self.metrics_port = None if scraped is None else scraped.port
         self.failed = asyncio.Event()
-        self._watching = asyncio.create_task(self._watch(watchdog))
+        self._watching = [asyncio.create_task(work) for work in (self._watch(watchdog), metrics.watch_loop())]
 
     async def _watch(self, seconds: float) -> None:
         while self._engine.alive and self._engine.silent < seconds:  # noqa: ASYNC110  # of another thread
@@ -111,13 +121,16 @@ class Server:
         Returns:
             Whether all of them finished.
         """
-        self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         await self._health.enter_graceful_shutdown()
         self._calls.draining = True
         finished = await self._calls.wait_until_idle(grace)
         # Large answers may still be on their way out; a health watch, which never ends, is not waited for any longer.
         await self._server.stop(min(grace, FLUSH) if finished else 0)
         stopped = await asyncio.get_running_loop().run_in_executor(None, self._engine.stop, 1.0)
+        if self._scraped is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._scraped.stop)
         return finished and stopped
 
     async def wait(self) -> None:
@@ -130,14 +143,15 @@ class Calls(grpc.aio.ServerInterceptor):
 
     Args:
         most: calls in flight, beyond which new ones are refused before anything is done for them.
+        metrics: told of each call's end.
 
     Attributes:
         draining: no new calls are taken.
         in_flight: calls being answered; health and reflection do not count.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, metrics: Metrics) -> None:
+        self._most, self._metrics = most, metrics
         self.draining = False
         self.in_flight = 0
         self._idle = asyncio.Event()
@@ -152,19 +166,14 @@ class Calls(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(EXEMPT):
             return handler
+        method = handler_call_details.method.rpartition("/")[2]
+        coding = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
-            unary = self._wrap_unary(handler.unary_unary)
-            return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+            return grpc.unary_unary_rpc_method_handler(self._wrap_unary(method, handler.unary_unary), *coding)
         if handler.unary_stream is not None:
-            stream = self._wrap_stream(handler.unary_stream)
-            return grpc.unary_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.unary_stream_rpc_method_handler(self._wrap_stream(method, handler.unary_stream), *coding)
         if handler.stream_stream is not None:
-            both = self._wrap_stream(handler.stream_stream)
-            return grpc.stream_stream_rpc_method_handler(
-                both, handler.request_deserializer, handler.response_serializer
-            )
+            return grpc.stream_stream_rpc_method_handler(self._wrap_stream(method, handler.stream_stream), *coding)
         return handler
 
     async def wait_until_idle(self, seconds: float) -> bool:
@@ -175,28 +184,38 @@ class Calls(grpc.aio.ServerInterceptor):
             return self._idle.is_set()  # 0 seconds are over before anything is looked at
         return True
 
-    def _wrap_unary(self, answer: Any) -> Any:
+    def _wrap_unary(self, method: str, answer: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            self._enter(context)
-            try:
-                self._admit()
+            async with self._call(method, request, context):
                 return await answer(request, context)
-            except Exception as error:
-                await _abort(context, error, request)
 
         return call
 
-    def _wrap_stream(self, answer: Any) -> Any:
+    def _wrap_stream(self, method: str, answer: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            self._enter(context)
-            try:
-                self._admit()
+            async with self._call(method, request, context):
                 async for response in answer(request, context):
                     yield response
-            except Exception as error:
-                await _abort(context, error, request)
 
         return call
+
+    @asynccontextmanager
+    async def _call(
+        self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[None]:
+        """What every call goes through: counted in and out, admitted, its error told."""
+        arrived, code, reason = time.monotonic(), "CANCELLED", "CANCELLED"
+        self._enter(context)
+        try:
+            self._admit()
+            yield
+            code = reason = "OK"
+        except Exception as error:
+            refused = _refusal(error, request)
+            code, reason = refused.code.name, refused.reason
+            await context.abort(refused.code, refused.message, refused.metadata)
+        finally:
+            self._metrics.ended(method, code, reason, time.monotonic() - arrived)
 
     def _admit(self) -> None:
         if self.draining:
@@ -219,15 +238,13 @@ class Calls(grpc.aio.ServerInterceptor):
             self._idle.set()
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception, request: Any) -> None:
-    """End a call with the status of an error; what is not known is logged, and the client told nothing of it."""
-    if isinstance(error, grpc.aio.AbortError):  # raised by an abort further in
-        raise error
+def _refusal(error: Exception, request: Any) -> Refusal:
+    """What a client is told of an error; what is not known is logged, and the client told nothing of it."""
     request_id = uuid.uuid4().hex[:12]
     refused = refusal(error, request, request_id)
     if refused.unexpected:
         log.error("request %s failed", request_id, exc_info=error)
-    await context.abort(refused.code, refused.message, refused.metadata)
+    return refused
 
 
 async def create_server(model: ServedModel, options: ServerOptions) -> Server:
@@ -236,26 +253,45 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     Raises:
         AddressError: the address cannot be listened on.
     """
-    calls = Calls(options.limits.queue + 2 * options.limits.rows)
+    metrics = Metrics(model.manifest, model.precision, model.provider)
+    calls = Calls(options.limits.queue + 2 * options.limits.rows, metrics)
     server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
     engine = Engine(model.steps, options.limits, model.shortlist)
-    limelight_pb2_grpc.add_LimelightServiceServicer_to_server(
-        LimelightService(model, engine, lambda: calls.draining), server
-    )
+    _observe(metrics, engine, calls, options.limits)
+    service = LimelightService(model, engine, lambda: calls.draining, metrics)
+    limelight_pb2_grpc.add_LimelightServiceServicer_to_server(service, server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(f"{options.authority}:{options.port}")
-    except RuntimeError:
+        port = _listen(server, options)
+        scraped = None if options.metrics_port is None else metrics.serve(options.host, options.metrics_port)
+    except AddressError:
         engine.stop()
-        raise AddressError(
-            f"cannot listen on {options.authority}:{options.port}: is another server there? Port 0 takes a free one"
-        ) from None
+        raise
     await server.start()
     for name in ("", SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server, engine, servicer, calls, port, options.watchdog)
+    return Server(server, engine, servicer, calls, port, options.watchdog, metrics, scraped)
+
+
+def _listen(server: grpc.aio.Server, options: ServerOptions) -> int:
+    try:
+        return server.add_insecure_port(f"{options.authority}:{options.port}")
+    except RuntimeError:
+        raise AddressError(
+            f"cannot listen on {options.authority}:{options.port}: is another server there? Port 0 takes a free one"
+        ) from None
+
+
+def _observe(metrics: Metrics, engine: Engine, calls: Calls, limits: EngineLimits) -> None:
+    metrics.gauge("queue_length", "Requests waiting in the engine's queue.", lambda: engine.waiting)
+    metrics.gauge("queue_limit", "Most of them; one more is refused.", lambda: limits.queue)
+    metrics.gauge("rows", "Rows (sentences times beams) under way.", lambda: engine.rows)
+    metrics.gauge("rows_limit", "Most of them.", lambda: limits.rows)
+    metrics.gauge("calls_in_flight", "Calls being answered.", lambda: calls.in_flight)
+    metrics.gauge("engine_silent_seconds", "Since the engine last came back from a pass.", lambda: engine.silent)
+    metrics.count(lambda: engine.counts)
 
 
 async def serve_until_signal(model: ServedModel, options: ServerOptions, ready: Callable[[int], None]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc's classes are generic to mypy alone
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,6 +32,7 @@ from serve.engine import Engine
 from serve.errors import ModelNotFoundError
 from serve.jobs import Decoded, Ticket, deadline_in
 from serve.many import answer_many
+from serve.metrics import Metrics
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1 import limelight_pb2_grpc as rpc
 from serve.stream import TokenStream
@@ -45,10 +47,11 @@ class LimelightService(rpc.LimelightServiceServicer):
         model: what is served.
         engine: what decodes for it.
         stopping: whether the server takes nothing new any more.
+        metrics: told of answers.
     """
 
-    def __init__(self, model: ServedModel, engine: Engine, stopping: Callable[[], bool]) -> None:
-        self._model, self._engine, self._stopping = model, engine, stopping
+    def __init__(self, model: ServedModel, engine: Engine, stopping: Callable[[], bool], metrics: Metrics) -> None:
+        self._model, self._engine, self._stopping, self._metrics = model, engine, stopping, metrics
         self._version = pb.ModelVersion(name=model.manifest.name, version=model.manifest.version)
         # Tokenising and packing take time in proportion to the text: not on the event loop.
         self._pool = ThreadPoolExecutor(2, "limelight-convert")
@@ -66,7 +69,12 @@ class LimelightService(rpc.LimelightServiceServicer):
     ) -> AsyncIterator[pb.GenerateManyResponse]:
         """See limelight.proto."""
         deadline = deadline_in(context.time_remaining())
-        answers = answer_many(request_iterator, lambda request: self._generate(request, deadline), self._stopping)
+        answers = answer_many(
+            request_iterator,
+            lambda request: self._generate(request, deadline),
+            self._stopping,
+            self._metrics.item_ended,
+        )
         async for response in answers:
             yield response
 
@@ -76,13 +84,17 @@ class LimelightService(rpc.LimelightServiceServicer):
         context: grpc.aio.ServicerContext[pb.GenerateStreamRequest, pb.GenerateStreamResponse],
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """See limelight.proto."""
+        before, first = time.monotonic(), True
         asked = await self._off_loop(lambda: self._understand(request))
         stream = TokenStream(self._model, asked, self._version, self._off_loop)
         job = asked.job(deadline_in(context.time_remaining()), on_settled=stream.on_settled)
         ticket = self._engine.submit(job)
         try:
             async for event in stream.events(ticket):
+                if event.HasField("token"):
+                    before, first = self._metrics.token(before, first=first), False
                 yield event
+            self._metrics.answered(ticket, ticket.future.result())
         finally:
             ticket.cancel()
 
@@ -93,7 +105,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         asked, target = await self._off_loop(lambda: self._understand_pair(request))
         ids = [token.id for token in target]
         ticket = self._engine.submit(asked.job(deadline_in(context.time_remaining()), target=ids))
-        decoded = await _result(ticket)
+        decoded = await self._result(ticket)
         return await self._off_loop(lambda: self._scored(asked, request.target, decoded, ticket))
 
     async def GetModel(
@@ -120,8 +132,16 @@ class LimelightService(rpc.LimelightServiceServicer):
     async def _generate(self, request: pb.GenerateRequest, deadline: float | None) -> pb.GenerateResponse:
         asked = await self._off_loop(lambda: self._understand(request))
         ticket = self._engine.submit(asked.job(deadline))
-        decoded = await _result(ticket)
+        decoded = await self._result(ticket)
         return await self._off_loop(lambda: self._answer(asked, decoded, ticket))
+
+    async def _result(self, ticket: Ticket) -> Decoded:
+        try:
+            decoded = await asyncio.wrap_future(ticket.future)
+        finally:
+            ticket.cancel()  # harmless when done; frees the row when the caller is gone
+        self._metrics.answered(ticket, decoded)
+        return decoded
 
     async def _off_loop(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -176,13 +196,6 @@ class LimelightService(rpc.LimelightServiceServicer):
             hypothesis=hypothesis,
             timings=timings_message(ticket),
         )
-
-
-async def _result(ticket: Ticket) -> Decoded:
-    try:
-        return await asyncio.wrap_future(ticket.future)
-    finally:
-        ticket.cancel()  # harmless when done; frees the row when the caller is gone
 
 
 def describe_model(model: ServedModel) -> pb.GetModelResponse:

@@ -1,0 +1,151 @@
+"""Figures for Prometheus: what is asked, how long it takes, and how full the engine is."""
+
+from __future__ import annotations  # grpc's classes are generic to mypy alone
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from export.manifest import Manifest
+from serve.batcher import Counts
+from serve.errors import AddressError
+from serve.jobs import Decoded, Ticket
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Bounds of the histograms: a token takes a millisecond, a long answer under a full queue many seconds."""
+
+LOOP_LAG = 0.25
+"""Seconds between two looks at how late the event loop is."""
+
+
+class Metrics:
+    """The figures of one server.
+
+    Args:
+        manifest: of the model that is served.
+        precision: of its weights.
+        provider: what computes.
+    """
+
+    def __init__(self, manifest: Manifest, precision: str, provider: str) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "limelight_requests", "Calls that have ended.", ["method", "code", "reason"], registry=self.registry
+        )
+        self._items = Counter(
+            "limelight_items", "Texts of GenerateMany that have ended.", ["code", "reason"], registry=self.registry
+        )
+        self._latency = self._histogram("request", "From the arrival of a call to its end.", ["method"])
+        self._queue = self._histogram("queue", "In the queue of the engine.")
+        self._first = self._histogram("first_token", "From the arrival of a stream's call to its first token.")
+        self._between = self._histogram("between_tokens", "From one token of a stream to the next.")
+        self._tokens = Counter(
+            "limelight_generated_tokens", "Tokens of the best hypotheses that were handed over.", registry=self.registry
+        )
+        model = Gauge(
+            "limelight_model_info",
+            "The model that is served; always 1.",
+            ["name", "version", "precision", "provider"],
+            registry=self.registry,
+        )
+        model.labels(manifest.name, manifest.version, precision, provider).set(1)
+        self._lag = Gauge(
+            "limelight_loop_lag_seconds", "How late the event loop was when last looked at.", registry=self.registry
+        )
+        ProcessCollector(registry=self.registry)
+
+    def _histogram(self, name: str, what: str, labels: list[str] | None = None) -> Histogram:
+        return Histogram(f"limelight_{name}_seconds", what, labels or (), registry=self.registry, buckets=SECONDS)
+
+    def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
+        """A figure that is read whenever it is asked for."""
+        Gauge(f"limelight_{name}", what, registry=self.registry).set_function(read)
+
+    def count(self, read: Callable[[], Counts]) -> None:
+        """What the engine counts, read whenever it is asked for."""
+        self.registry.register(_Engine(read))
+
+    def ended(self, method: str, code: str, reason: str, seconds: float) -> None:
+        """A call has ended."""
+        self._requests.labels(method, code, reason).inc()
+        self._latency.labels(method).observe(seconds)
+
+    def item_ended(self, code: str, reason: str) -> None:
+        """One of many texts has ended."""
+        self._items.labels(code, reason).inc()
+
+    def answered(self, ticket: Ticket, decoded: Decoded) -> None:
+        """The engine has answered."""
+        self._queue.observe(ticket.timings.queue)
+        self._tokens.inc(len(decoded.hypotheses[0].tokens))
+
+    def token(self, before: float, *, first: bool) -> float:
+        """A stream's token is on its way; returns the time.
+
+        Args:
+            before: time of the token before it, or of the call's arrival for the first.
+            first: there was none before.
+        """
+        now = time.monotonic()
+        (self._first if first else self._between).observe(now - before)
+        return now
+
+    async def watch_loop(self) -> None:
+        """Look again and again at how late the event loop is, until cancelled."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(LOOP_LAG)
+            self._lag.set(max(0.0, time.monotonic() - before - LOOP_LAG))
+
+    def serve(self, host: str, port: int) -> Scraped:
+        """Answer scrapes over HTTP from a thread of its own.
+
+        Raises:
+            AddressError: the address cannot be listened on.
+        """
+        try:
+            return Scraped(*start_http_server(port, host, self.registry))
+        except OSError as error:
+            raise AddressError(f"cannot listen on {host}:{port} for metrics: {error.strerror or error}") from None
+
+
+class Scraped:
+    """What answers scrapes.
+
+    Attributes:
+        port: that it listens on.
+    """
+
+    def __init__(self, server: WSGIServer, thread: Thread) -> None:
+        self._server, self._thread = server, thread
+        self.port = server.server_port
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Engine(Collector):
+    """Counts that the engine's thread keeps as plain numbers."""
+
+    def __init__(self, read: Callable[[], Counts]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        counts = self._read()
+        for name, what, value in (
+            ("source_tokens", "Source tokens that were encoded.", counts.source_tokens),
+            ("padded_source_tokens", "The same with their padding.", counts.padded_source_tokens),
+            ("steps", "Decoder steps.", counts.steps),
+            ("row_steps", "Rows of all decoder steps; divided by the steps, how full they were.", counts.row_steps),
+            ("retries", "Requests tried again by themselves after their batch had failed.", counts.retries),
+        ):
+            yield CounterMetricFamily(f"limelight_{name}", what, value=value)

@@ -1,0 +1,129 @@
+"""What Prometheus is told, read with its own parser."""
+
+import dataclasses
+import socket
+import urllib.request
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.bundle import ServedModel
+from serve.errors import AddressError
+from serve.jobs import EngineLimits
+from serve.pb.limelight.v1 import limelight_pb2 as pb
+from serve.server import ServerOptions, create_server
+from tests.serve.running import PATIENCE, Running, begin, generate, score, serving, stream
+from tests.serve.steps import Echo, Gated
+
+Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@pytest.fixture
+def scraped(served: ServedModel) -> Iterator[tuple[Running, Gated]]:
+    steps = Gated(Echo())
+    with serving(dataclasses.replace(served, steps=steps), EngineLimits(queue=1), metrics_port=0) as running:
+        yield running, steps
+        steps.open()
+
+
+def scrape(running: Running) -> Figures:
+    """Every sample, by its name and labels."""
+    port = running.server.metrics_port
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+        text = answer.read().decode()
+    families = list(text_string_to_metric_families(text))
+    assert all(family.documentation for family in families)
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def value(figures: Figures, name: str, /, **labels: str) -> float:
+    return figures.get((f"limelight_{name}", tuple(sorted(labels.items()))), 0.0)
+
+
+def test_each_call_is_counted_by_its_reason(scraped: tuple[Running, Gated]) -> None:
+    running, steps = scraped
+    steps.open()
+    assert generate(running.stub, "ab").result(PATIENCE)
+    assert score(running.stub, "ab").result(PATIENCE)
+    assert list(stream(running.stub, "abc"))
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError):
+            generate(running.stub, "").result(PATIENCE)
+    items = [pb.GenerateManyRequest(id=source, request=pb.GenerateRequest(source=source)) for source in ("ab", "")]
+    assert len(list(running.stub.GenerateMany(iter(items), timeout=PATIENCE))) == 2
+    running.until_idle()
+    figures = scrape(running)
+    for method, code, reason, count in (
+        ("Generate", "OK", "OK", 1),
+        ("Generate", "INVALID_ARGUMENT", "INVALID_FIELD", 2),
+        ("Score", "OK", "OK", 1),
+        ("GenerateStream", "OK", "OK", 1),
+        ("GenerateMany", "OK", "OK", 1),
+    ):
+        assert value(figures, "requests_total", method=method, code=code, reason=reason) == count
+    assert value(figures, "items_total", code="OK", reason="OK") == 1
+    assert value(figures, "items_total", code="INVALID_ARGUMENT", reason="INVALID_FIELD") == 1
+    assert value(figures, "request_seconds_count", method="Generate") == 3
+    assert value(figures, "queue_seconds_count") == 4
+    assert value(figures, "first_token_seconds_count") == 1
+    assert value(figures, "between_tokens_seconds_count") == 3  # three letters and the end token
+    assert value(figures, "generated_tokens_total") == 3 + 3 + 4 + 3
+    assert value(figures, "source_tokens_total") == 3 + 3 + 4 + 3
+    assert value(figures, "padded_source_tokens_total") == 3 + 3 + 4 + 3
+    assert value(figures, "steps_total") == value(figures, "row_steps_total") == 3 + 4 + 3
+
+
+def test_what_is_under_way_is_told_and_goes_back_to_nothing(scraped: tuple[Running, Gated]) -> None:
+    running, steps = scraped
+    first = generate(running.stub, "ab")
+    steps.wait()
+    waiting = generate(running.stub, "abc")
+    while not running.server._engine.waiting:
+        pass
+    with pytest.raises(grpc.RpcError):
+        generate(running.stub, "ab").result(PATIENCE)
+    while running.server._calls.in_flight > 2:
+        pass
+    figures = scrape(running)
+    assert value(figures, "queue_length") == value(figures, "queue_limit") == 1
+    assert (value(figures, "rows"), value(figures, "rows_limit")) == (1, EngineLimits().rows)
+    assert value(figures, "calls_in_flight") == 2
+    assert value(figures, "engine_silent_seconds") > 0
+    full = {"method": "Generate", "code": "RESOURCE_EXHAUSTED", "reason": "QUEUE_FULL"}
+    assert value(figures, "requests_total", **full) == 1
+    waiting.cancel()
+    steps.open()
+    assert first.result(PATIENCE)
+    running.until_idle()
+    while running.server._engine.waiting or running.server._engine.rows:
+        generate(running.stub, "ab").result(PATIENCE)
+    figures = scrape(running)
+    assert [value(figures, name) for name in ("queue_length", "rows", "calls_in_flight")] == [0, 0, 0]
+    cancelled = {"method": "Generate", "code": "CANCELLED", "reason": "CANCELLED"}
+    assert value(figures, "requests_total", **cancelled) == 1
+
+
+def test_the_model_and_the_process_are_told(scraped: tuple[Running, Gated], served: ServedModel) -> None:
+    figures = scrape(scraped[0])
+    manifest = served.manifest
+    about = {"name": manifest.name, "version": manifest.version, "precision": "fp32", "provider": "cpu"}
+    assert value(figures, "model_info", **about) == 1
+    assert figures["process_resident_memory_bytes", ()] > 1e7
+    assert ("limelight_loop_lag_seconds", ()) in figures
+
+
+def test_nothing_listens_where_it_is_not_asked_for(running: Running) -> None:
+    assert running.server.metrics_port is None
+
+
+def test_a_port_that_is_taken_is_told_of(served: ServedModel) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(AddressError, match=f"^cannot listen on 127.0.0.1:{port} for metrics: "):
+            begin(create_server(served, ServerOptions(port=0, metrics_port=port))).result(PATIENCE)
