@@ -33,10 +33,10 @@ class Trail:
 
     def cross(self, rows: Int[np.ndarray, " target"]) -> Float[np.ndarray, "layer head target source"] | None:
         """What the given row of each step looked at, from the first; None where that is not kept."""
-        looks = [_chosen(glimpse, rows) for glimpse in self._cross if glimpse.begin < len(rows)]
-        if not looks:
+        if not self._cross:
             return None
-        return looks[0] if len(looks) == 1 else np.concatenate(looks, 2)
+        looks = [glimpse.weights for glimpse in self._cross]
+        return _chosen(looks[0] if len(looks) == 1 else np.concatenate(looks, 2), rows)
 
     def decoder(self, rows: Int[np.ndarray, " target"]) -> Float[np.ndarray, "layer head target target"] | None:
         """As `cross`, over the begin token and all tokens but the last; zero above the diagonal."""
@@ -48,7 +48,7 @@ class Trail:
         for glimpse in self._decoder:
             if glimpse.begin >= count:
                 break
-            own = _chosen(glimpse, rows)
+            own = _chosen(glimpse.weights, rows[glimpse.begin :])
             end = glimpse.begin + own.shape[2]
             weights[:, :, glimpse.begin : end, :end] = own[..., :end]
         return weights
@@ -66,13 +66,14 @@ def _add(glimpses: list[Glimpse], looks: Float[np.ndarray, "layer head step row 
     glimpses.append(Glimpse(begin, looks))
 
 
-def _chosen(glimpse: Glimpse, rows: Int[np.ndarray, " target"]) -> Float[np.ndarray, "layer head step seen"]:
-    """One row of each of its steps, of those that `rows` reaches to."""
-    begin, looks = glimpse
-    own = rows[begin : begin + looks.shape[2]]
+def _chosen(
+    looks: Float[np.ndarray, "layer head step row seen"], rows: Int[np.ndarray, " target"]
+) -> Float[np.ndarray, "layer head target_step seen"]:
+    """One row of each of the steps, as far as there are rows chosen."""
     if looks.shape[3] == 1:
-        return looks[:, :, : len(own), 0]
-    chosen: Float[np.ndarray, "layer head step seen"] = looks[:, :, np.arange(len(own)), own]
+        return looks[:, :, : len(rows), 0]
+    steps = np.arange(min(len(rows), looks.shape[2]))
+    chosen: Float[np.ndarray, "layer head target_step seen"] = looks[:, :, steps, rows[: len(steps)]]
     return chosen
 
 
