@@ -19,7 +19,7 @@ from bench.grid import BenchError
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
 
-MODELS = {"g2p-en": "g2p-en, d 128", "random-d256-3-3": "random, d 256", "random-d512-6-6": "random, d 512"}
+MODELS = {"g2p-en": "g2p-en, d 192", "random-d256-3-3": "random, d 256", "random-d512-6-6": "random, d 512"}
 SERVERS = {"limelight": "Limelight", "ctranslate2": "CTranslate2", "triton": "tritonserver"}
 GRAPHS = {"traced": "traced, float32", "fp32": "exported, float32", "int8": "exported, int8"}
 SIZES = (1, 8, 32)
