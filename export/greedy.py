@@ -145,7 +145,7 @@ class _Assembly:
             TensorSpec.model_validate({"name": name, "role": name, "dtype": self.by_role[like].dtype, "axes": AXES})
             for name, like in CHOSEN.items()
         ]
-        looks = [_with_query(spec, "step") for spec in self.looks]
+        looks = [_by_step(spec) for spec in self.looks]
         grown = [_with_query(self.news[spec.name], "step" if _past_axis(spec) else 1) for spec in self.states]
         return (*chosen, *looks, *grown)
 
@@ -255,11 +255,8 @@ class _Assembly:
                 helper.make_node("Slice", [last, f"past_of_{spec.name}", "last", f"axis_of_{spec.name}"], [name]),
             ]
         for spec in self.looks:
-            turned = [
-                helper.make_node("Reshape", [f"all_{spec.name}", "by_layer"], [f"by_layer_{spec.name}"]),
-                helper.make_node("Transpose", [f"by_layer_{spec.name}"], [spec.name], perm=[1, 2, 3, 0, 4]),
-            ]
-            nodes.append(_switched(spec, turned, spec.name))
+            parted = helper.make_node("Reshape", [f"all_{spec.name}", "by_layer"], [spec.name])
+            nodes.append(_switched(spec, [parted], spec.name))
         return nodes
 
     def constants(self) -> dict[str, Array]:
@@ -283,6 +280,12 @@ class _Assembly:
 
 def _with_query(spec: TensorSpec, count: int | str) -> TensorSpec:
     return spec.model_copy(update={"axes": tuple(count if axis == "query" else axis for axis in spec.axes)})
+
+
+def _by_step(spec: TensorSpec) -> TensorSpec:
+    """Attention of all steps as a Loop collects it; to turn it would be to copy it once more."""
+    axes = _with_query(spec, "step").axes
+    return spec.model_copy(update={"axes": ("step", *(axis for axis in axes if axis != "step"))})
 
 
 def _past_axis(spec: TensorSpec) -> int | None:

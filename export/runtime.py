@@ -228,6 +228,10 @@ class OnnxStepModel:
         return session
 
 
+LOOKS = 5
+"""Axes of attention: sentence, layer, head, step and what was looked at. Bundles differ in where the steps are."""
+
+
 class OnnxGreedyModel(OnnxStepModel):
     """The same, and the graph that takes several greedy steps in one call; it holds the decoder's weights once more.
 
@@ -256,12 +260,15 @@ class OnnxGreedyModel(OnnxStepModel):
         if greedy is None:
             raise BundleError(f"{bundle}: {precision} has no graph for several steps: export the model again")
         self._greedy = self._session(bundle, greedy)
+        self._by_step = {spec.name for spec in greedy.outputs if spec.axes[0] == "step" and len(spec.axes) == LOOKS}
 
     def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
         """See `StepsAhead.greedy`."""
         names, feeds = self._call(question)
         names, feeds = [*CHOSEN, *names], feeds | {"steps": np.array(steps), "fewest": np.array(fewest)}
         found = dict(zip(names, self._greedy.run(names, feeds), strict=True))
+        for name in self._by_step & found.keys():
+            found[name] = found[name].transpose(1, 2, 3, 0, 4)
         return GreedySteps(
             ids=found["chosen_ids"],
             log_probabilities=found["chosen_log_probabilities"],

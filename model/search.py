@@ -20,10 +20,9 @@ from model.constraints import rule_out_unwritable
 from model.errors import NotANumberError
 from model.grid import Grid
 from model.hypotheses import Chain, Hypothesis, Node
-from model.looks import Looks
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.reading import read
-from model.sentence import Sentence
+from model.sentence import SEEN, Sentence
 from model.steps import (
     ALL_FAMILIES,
     NO_FAMILIES,
@@ -63,7 +62,7 @@ class Decoding:
     def __init__(self, model: StepModel, beam_size: int) -> None:
         self.sentences: list[Sentence] = []
         self._model, self._width = model, beam_size
-        self._grid, self._looks = Grid(model, beam_size), Looks()
+        self._grid, self._seen = Grid(model, beam_size), 0
         self._ahead = model if beam_size == 1 and isinstance(model, StepsAhead) else None
         self._tokens = np.zeros((0, beam_size), np.int64)
         self._parents = np.zeros((0, beam_size), np.int64)
@@ -151,11 +150,10 @@ class Decoding:
         """Take sentences out, finished or not."""
         if not sentences:
             return
-        self._looks.hand_over(sentences)
         for sentence in sentences:
+            sentence.gather()
             sentence.done = True
         order = self._grid.leave([sentence.place for sentence in sentences])
-        self._looks.keep(order)
         self.sentences = [self.sentences[before] for before in order]
         for place, sentence in enumerate(self.sentences):
             sentence.place = place
@@ -163,8 +161,7 @@ class Decoding:
 
     def settled(self, sentence: Sentence) -> list[Node]:
         """Tokens of a sentence that are certain by now, from the first."""
-        if not sentence.done:
-            self._looks.hand_over([sentence])
+        sentence.gather()
         live = [] if sentence.done else self._live(sentence)
         return sentence.settle(live)
 
@@ -192,14 +189,23 @@ class Decoding:
 
     def _look(self, sentences: Sequence[Sentence], step: Step) -> None:
         if step.cross_attention is not None:
-            self._looks.write(sentences, step.cross_attention)
-            self._looks.hand_over([sentence for sentence in sentences if sentence.options.coverage_penalty])
+            self._see(step.cross_attention[:, :, :, None], [1] * len(sentences))
         if step.decoder_attention is not None:
             ages = np.array([sentence.age for sentence in sentences])
             columns = self._grid.columns(self._rows[:, :, : ages.max()], ages)
             decoder = np.take_along_axis(step.decoder_attention, columns[:, None, None], -1)
             for sentence, looks in zip(sentences, decoder, strict=True):
                 sentence.look_at_target(looks, 1, np.arange(sentence.age + 1))
+
+    def _see(self, looks: Float[np.ndarray, "sentence layer head step row source"], steps: Sequence[int]) -> None:
+        """Attention to the source: kept as it is for some steps, as to copy each by itself would cost more than it."""
+        for sentence, own in zip(self.sentences, steps, strict=True):
+            sentence.look_at_source(looks, own)
+        self._seen += looks.shape[3]
+        if self._seen >= SEEN:
+            self._seen = 0
+            for sentence in self.sentences:
+                sentence.gather()
 
     def _refuse_no_numbers(self, numbers: Bool[np.ndarray, "sentence row"]) -> None:
         unknown = ~numbers & (self._totals > -np.inf)
@@ -236,14 +242,10 @@ class Decoding:
         values[np.arange(ids.shape[1]) >= taken[:, None]] = 0.0  # what came after an end token means nothing
         self._refuse_no_numbers(np.all(values < np.inf, axis=1, keepdims=True))
         if made.cross_attention is not None:
-            self._looks.hand_over(sentences)
-            for sentence, looks, steps in zip(sentences, made.cross_attention, taken.tolist(), strict=True):
-                sentence.look_at_source(looks[:, :, :steps, None])
+            self._see(made.cross_attention[:, :, :, :, None], taken.tolist())
         if made.decoder_attention is not None:
-            for sentence, looks, steps, own in zip(
-                sentences, made.decoder_attention, taken.tolist(), columns, strict=True
-            ):
-                sentence.look_at_target(looks, steps, own)
+            for sentence, looks, own, count in zip(sentences, made.decoder_attention, columns, taken, strict=True):
+                sentence.look_at_target(looks, int(count), own)
         self._take(ids, values, taken)
 
     def _choose_one(self, values: Float[np.ndarray, "sentence top"], ids: Int[np.ndarray, "sentence top"]) -> None:

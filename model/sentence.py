@@ -12,6 +12,9 @@ from model.options import SearchOptions
 from model.steps import Family
 from model.trail import Trail
 
+SEEN = 16
+"""Steps whose attention to the source is kept as it was computed, before each sentence copies its own."""
+
 
 class Sentence:
     """One sentence on its way through a `Decoding`.
@@ -36,6 +39,8 @@ class Sentence:
         self.constraints = Constraints(options, vocabulary)
         self._source_length = source_length
         self._trail = Trail()
+        self._keeps_source = "cross" in self.needed
+        self._seen: list[Float[np.ndarray, "layer head step row source"]] = []
         self._finished: list[tuple[float, Chain]] = []
         self._settled: list[Node] = []
         self._error: InvalidRequestError | None = None
@@ -45,10 +50,21 @@ class Sentence:
         """Hypotheses that have ended."""
         return len(self._finished)
 
-    def look_at_source(self, looks: Float[np.ndarray, "layer head step row source"]) -> None:
-        """Keep what its rows looked at in the source in the next steps, if that is needed: a copy, of its length."""
-        if "cross" in self.needed:
-            self._trail.add_cross(looks[..., : self._source_length].copy())
+    def look_at_source(self, looks: Float[np.ndarray, "sentence layer head step row source"], steps: int = 1) -> None:
+        """See what its rows look at in the source in the next steps, if that is needed; `gather` copies it.
+
+        Args:
+            looks: of the whole batch.
+            steps: how many of the steps are its own.
+        """
+        if self._keeps_source:
+            self._seen.append(looks[self.place, :, :, :steps, :, : self._source_length])
+
+    def gather(self) -> None:
+        """Copy what its rows looked at in the source since the last time, so that nothing of the batch is kept."""
+        if self._seen:
+            self._trail.add_cross(np.concatenate(self._seen, 2))
+            self._seen.clear()
 
     def look_at_target(
         self, looks: Float[np.ndarray, "layer head step_row seen"], steps: int, columns: Int[np.ndarray, " read"]
@@ -66,6 +82,8 @@ class Sentence:
 
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""
+        if self.options.coverage_penalty:
+            self.gather()
         self._finished.append((chain.score(self.options, self._trail), chain))
 
     def fail(self) -> None:

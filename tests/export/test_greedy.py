@@ -181,7 +181,7 @@ def test_the_manifest_tells_what_it_takes_and_gives(exported: Toy | Reversal) ->
     layers, heads = network(exported).config.model.decoder_layers, network(exported).config.model.heads
     axes = {one.name: one.axes for one in (*spec.inputs, *spec.outputs)}
     assert axes["chosen_ids"] == axes["chosen_log_probabilities"] == ("step", "batch")
-    assert axes["cross_attention"] == ("batch", layers, heads, "step", "source")
-    assert axes["decoder_attention"] == ("batch", layers, heads, "step", "target")
+    assert axes["cross_attention"] == ("step", "batch", layers, heads, "source")
+    assert axes["decoder_attention"] == ("step", "batch", layers, heads, "target")
     assert axes["next.0.key"][2] == "step"
     assert axes["target_ids"] == ("batch", 1)

@@ -9,6 +9,7 @@ import pytest
 
 from model.forced import score
 from model.search import Decoding
+from model.sentence import SEEN
 from model.steps import ALL_FAMILIES, Array, Memory, Question, Step, pad
 from model.vocabulary import END
 from tests.model.searching import SOURCES, assert_same, options
@@ -126,3 +127,19 @@ def test_coverage_needs_cross_attention() -> None:
     decoding.join(model.encode(*pad(SOURCES[:1])), [0], [options(coverage_penalty=0.3, longest=1)])
     with pytest.raises(ValueError, match=r"^coverage_penalty needs cross-attention, and the model returned none$"):
         decoding.step()
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_search_that_nobody_looks_into_keeps_its_batch_for_some_steps_only(beam_size: int) -> None:
+    model, chosen = Watched(), options(beam_size=beam_size, longest=40, shortest=40)
+    decoding = Decoding(model, beam_size)
+    (sentence,) = decoding.join(model.encode(*pad(SOURCES[:1])), [0], [chosen], [ALL_FAMILIES])
+    most = 0
+    while decoding.sentences:
+        decoding.step()
+        most = max(most, model.alive)
+    assert most == SEEN - 1
+    (first, *_) = sentence.results()
+    assert first.cross_attention is not None
+    assert first.cross_attention.shape[2] == len(first.tokens) == 40
+    assert model.alive == 0
