@@ -180,7 +180,7 @@ def _without_empty(found: Sequence[Pair], what: str) -> Pairs:
 
 
 def _without(found: Sequence[Pair], sources: set[str]) -> tuple[list[Pair], int]:
-    apart = [pair for pair in found if pair.source not in sources]
+    apart = [pair for pair in found if pair.source.strip() not in sources]
     return apart, len(found) - len(apart)
 
 
@@ -194,7 +194,7 @@ def _scored_sources(data: Data) -> set[str]:
             return {pair.source for pair in _read_other_parts(data.folder, "train")}
         case PairsData():
             given = [files for files in (data.validation, data.test) if files is not None]
-            return {pair.source for files in given for pair in read_files(files)}
+            return {pair.source.strip() for files in given for pair in read_files(files)} - {""}
 
 
 def _part_of(word: str, data: CmudictData) -> Part:

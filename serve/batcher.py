@@ -20,7 +20,7 @@ from model.forced import score
 from model.reading import read
 from model.search import STEPS_AHEAD, Decoding, Hypothesis, Sentence
 from model.steps import Family, Memory, StepModel
-from serve.errors import EngineError, ExpiredError, OutOfMemoryError
+from serve.errors import EngineError, ExpiredError, OutOfMemoryError, ServeError
 from serve.jobs import Decoded, EngineLimits, Ticket
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class Batcher:
 
     def fits(self, chosen: Sequence[Ticket], ticket: Ticket) -> bool:
         """Whether a ticket can be admitted now, with others that were chosen before it."""
+        if self._again:  # what failed together is tried alone, and those who come wait for that
+            return False
         limits = self._limits
         jobs = [*(other.job for other in chosen), ticket.job]
         padded = len(jobs) * max(job.side for job in jobs)
@@ -161,8 +163,8 @@ class Batcher:
             lane.join(memory, indices, tickets, begun)
         except Exception as error:
             log.exception("%d sentences could not join %d others", len(tickets), len(lane.tickets))
-            del self._lanes[kind]  # half joined, it is of no use to anybody
             self._failed(list(dict.fromkeys([*tickets, *lane.tickets])), error)
+            del self._lanes[kind]  # half joined, it is of no use to anybody
 
     def step(self) -> None:
         """One decoder step, or a few, for everything that is under way."""
@@ -177,8 +179,8 @@ class Batcher:
                     self.counts.row_steps += taken * rows
             except Exception as error:
                 log.exception("a step of %d rows failed", lane.decoding.rows)
-                del self._lanes[kind]
                 self._failed(lane.tickets, error)
+                del self._lanes[kind]
             else:
                 if lane.empty:
                     del self._lanes[kind]
@@ -190,21 +192,18 @@ class Batcher:
             self._again.extend(tickets)
             return
         for ticket in tickets:
-            if _out_of_memory(error):
-                ticket.fail(OutOfMemoryError("there is not enough memory for this request: ask for less, or later"))
-            else:
-                ticket.fail(EngineError("the engine failed on this request"))
+            ticket.fail(_failure(error))
 
     def _retry(self) -> None:
-        """Let one of those that failed among others begin anew; one at a time, so that nobody waits for all of them."""
-        while self._again:
-            ticket = self._again.popleft()
+        """Let one of those that failed among others begin anew, once nothing else runs."""
+        while self._again and not self._lanes:
+            ticket = self._again[0]  # until it is admitted: whoever gives all up must find it
             if not _given_up(ticket) and not ticket.future.done():
                 self.counts.retries += 1
                 shortlist = ticket.job.shortlist
                 self._counted = None
                 self._admit(self._models[shortlist], [ticket], shortlist, self.counts.retries)
-                return
+            self._again.popleft()
 
 
 class Pace:
@@ -311,6 +310,9 @@ def _deliver(ticket: Ticket, begun: Decoded, results: Callable[[], list[Any]]) -
         ticket.finish(Decoded(begun.encoder_attention, results()))
     except InvalidRequestError as error:
         ticket.fail(error)
+    except Exception as error:  # it has left its lane, where nobody else would answer for it
+        log.exception("the results of a search could not be put together")
+        ticket.fail(_failure(error))
 
 
 def _begun(ticket: Ticket, attention: Any, index: int) -> Decoded:
@@ -339,6 +341,9 @@ def _given_up(ticket: Ticket) -> bool:
     return expired or ticket.cancelled
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _failure(error: Exception) -> ServeError:
+    """What somebody is told who failed alone."""
     # ONNX Runtime has no class of its own for it; its allocator's words are these.
-    return isinstance(error, MemoryError) or "Failed to allocate memory" in str(error)
+    if isinstance(error, MemoryError) or "Failed to allocate memory" in str(error):
+        return OutOfMemoryError("there is not enough memory for this request: ask for less, or later")
+    return EngineError("the engine failed on this request")

@@ -99,6 +99,11 @@ class Engine:
         return self._worker.is_alive() and not self._given_up
 
     @property
+    def failed(self) -> bool:
+        """It has died, or somebody has given it up."""
+        return self._given_up
+
+    @property
     def silent(self) -> float:
         """Seconds since it last came back from what it computes; 0 while it waits for work."""
         entered = self._entered
@@ -171,10 +176,10 @@ class Engine:
     def _run(self) -> None:
         while True:
             self._entered = None
-            self._joining = self._take()
+            joining = self._take()
             self._entered = time.monotonic()
-            if self._joining:
-                self._batcher.admit(self._joining)
+            if joining:
+                self._batcher.admit(joining)
             elif not self._batcher.busy:
                 self._entered = None
                 return
@@ -187,7 +192,7 @@ class Engine:
             while not (self._queue or self._batcher.busy or self._stopping):
                 self._changed.wait()
                 self._drop_unwanted()
-            chosen: list[Ticket] = []
+            chosen = self._joining = list[Ticket]()
             while self._queue and self._goes_with(chosen, self._queue[0]):
                 chosen.append(self._queue.popleft())
                 chosen[-1].begin()

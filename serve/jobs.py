@@ -126,6 +126,7 @@ class Ticket:
     job: Job
     future: "Future[Decoded]" = field(default_factory=Future)
     _arrived: float = field(default_factory=time.monotonic)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
     _begun: float | None = None
     _finished: float | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -159,10 +160,12 @@ class Ticket:
     def finish(self, result: Decoded) -> None:
         """Hand over the result, unless the job has failed or nobody waits for it."""
         self._finished = time.monotonic()
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_result(result)
+        with self._ending:
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_result(result)
 
     def fail(self, error: Exception) -> None:
         """Hand over an error, unless the job is done or nobody waits for it."""
-        if not self.future.done() and self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
+        with self._ending:  # the engine's thread and whoever gives it up may come together
+            if not self.future.done() and self.future.set_running_or_notify_cancel():
+                self.future.set_exception(error)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import grpc
 
 from model.errors import InvalidRequestError
+from serve.convert import refuse_unknown_fields
 from serve.errors import STOPPING, ShuttingDownError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.status import refusal
@@ -28,7 +29,7 @@ Answer = Callable[[pb.GenerateRequest], Awaitable[pb.GenerateResponse]]
 async def answer_many(
     requests: AsyncIterator[pb.GenerateManyRequest],
     answer: Answer,
-    stopping: Callable[[], bool],
+    stopping: asyncio.Event,
     told: Callable[[str, str], None] = lambda code, reason: None,
 ) -> AsyncIterator[pb.GenerateManyResponse]:
     """Answers in the order in which they are ready; ends when all that came are answered and no more will come.
@@ -38,13 +39,16 @@ async def answer_many(
         answer: answers one. What it raises becomes that item's error.
         stopping: the server takes nothing new; items that come now are refused, those that came are answered.
         told: code and reason of each item's end.
+
+    Raises:
+        ShuttingDownError: the server takes nothing new, and all that came is answered.
     """
     places = asyncio.Semaphore(TOGETHER)
     ready: asyncio.Queue[pb.GenerateManyResponse] = asyncio.Queue()
     under_way: set[asyncio.Task[None]] = set()
 
     async def work(item: pb.GenerateManyRequest) -> None:
-        found = await _answered(item, _refuse if stopping() else answer)
+        found = await _answered(item, _refuse if stopping.is_set() else answer)
         told(_code(found.error.code).name, found.error.reason or "OK")
         ready.put_nowait(found)
 
@@ -55,22 +59,24 @@ async def answer_many(
             under_way.add(task)
             task.add_done_callback(under_way.discard)
 
-    reader = asyncio.create_task(read())
+    reader, stopped = asyncio.create_task(read()), asyncio.create_task(stopping.wait())
     try:
         while not (reader.done() and not under_way and ready.empty()):
             getter = asyncio.create_task(ready.get())
             try:
-                reading = () if reader.done() else (reader,)
-                await asyncio.wait((getter, *reading, *under_way), return_when=asyncio.FIRST_COMPLETED)
+                waiting = [task for task in (reader, stopped) if not task.done()]
+                await asyncio.wait((getter, *waiting, *under_way), return_when=asyncio.FIRST_COMPLETED)
                 if reader.done():
                     reader.result()
                 if getter.done():
                     yield getter.result()
                     places.release()
+                elif stopping.is_set() and ready.empty() and not (under_way or reader.done()):
+                    raise ShuttingDownError(STOPPING)
             finally:
                 getter.cancel()
     finally:
-        left = [reader, *under_way]
+        left = [reader, stopped, *under_way]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
@@ -86,6 +92,7 @@ async def _refuse(request: pb.GenerateRequest) -> pb.GenerateResponse:  # noqa: 
 
 async def _answered(item: pb.GenerateManyRequest, answer: Answer) -> pb.GenerateManyResponse:
     try:
+        refuse_unknown_fields(item)
         if len(item.id) > LONGEST_ID:
             raise InvalidRequestError("id", f"{len(item.id)} characters are over the limit of {LONGEST_ID}")
         return pb.GenerateManyResponse(id=item.id, answer=await answer(item.request))

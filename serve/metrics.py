@@ -46,7 +46,7 @@ class Metrics:
         self._first = self._histogram("first_token", "From the arrival of a stream's call to its first token.")
         self._between = self._histogram("between_tokens", "From one token of a stream to the next.")
         self._tokens = Counter(
-            "limelight_generated_tokens", "Tokens of the best hypotheses that were handed over.", registry=self.registry
+            "limelight_generated_tokens", "Tokens of the best hypotheses of searches.", registry=self.registry
         )
         model = Gauge(
             "limelight_model_info",
@@ -83,7 +83,8 @@ class Metrics:
     def answered(self, ticket: Ticket, decoded: Decoded) -> None:
         """The engine has answered."""
         self._queue.observe(ticket.timings.queue)
-        self._tokens.inc(len(decoded.hypotheses[0].tokens))
+        if ticket.job.target is None:
+            self._tokens.inc(len(decoded.hypotheses[0].tokens))
 
     def token(self, before: float, *, first: bool) -> float:
         """A stream's token is on its way; returns the time.

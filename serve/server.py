@@ -108,9 +108,11 @@ class Server:
         while self._engine.alive and self._engine.silent < seconds:  # noqa: ASYNC110  # of another thread
             await asyncio.sleep(min(seconds / 4, WATCH))
         log.critical("the engine %s", "hangs: it is given up" if self._engine.alive else "has failed")
-        await self._health.enter_graceful_shutdown()
-        self._engine.give_up()
-        self.failed.set()
+        try:
+            await self._health.enter_graceful_shutdown()
+            self._engine.give_up()
+        finally:
+            self.failed.set()
 
     async def stop(self, grace: float) -> bool:
         """Stop taking calls and finish those in flight.
@@ -119,19 +121,19 @@ class Server:
             grace: seconds that they have.
 
         Returns:
-            Whether all of them finished.
+            Whether all of them finished, and the engine had not failed.
         """
+        await self._health.enter_graceful_shutdown()
+        self._calls.drain()
+        finished = await self._calls.wait_until_idle(grace)
         for task in self._watching:
             task.cancel()
-        await self._health.enter_graceful_shutdown()
-        self._calls.draining = True
-        finished = await self._calls.wait_until_idle(grace)
         # Large answers may still be on their way out; a health watch, which never ends, is not waited for any longer.
         await self._server.stop(min(grace, FLUSH) if finished else 0)
         stopped = await asyncio.get_running_loop().run_in_executor(None, self._engine.stop, 1.0)
         if self._scraped is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._scraped.stop)
-        return finished and stopped
+        return finished and stopped and not self._engine.failed
 
     async def wait(self) -> None:
         """Until the server has stopped."""
@@ -146,13 +148,13 @@ class Calls(grpc.aio.ServerInterceptor):
         metrics: told of each call's end.
 
     Attributes:
-        draining: no new calls are taken.
+        stopping: set when no new calls are taken.
         in_flight: calls being answered; health and reflection do not count.
     """
 
     def __init__(self, most: int, metrics: Metrics) -> None:
         self._most, self._metrics = most, metrics
-        self.draining = False
+        self.stopping = asyncio.Event()
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -175,6 +177,15 @@ class Calls(grpc.aio.ServerInterceptor):
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(self._wrap_stream(method, handler.stream_stream), *coding)
         return handler
+
+    @property
+    def draining(self) -> bool:
+        """No new calls are taken."""
+        return self.stopping.is_set()
+
+    def drain(self) -> None:
+        """Take no new calls from now on."""
+        self.stopping.set()
 
     async def wait_until_idle(self, seconds: float) -> bool:
         """Wait for the calls in flight; returns whether they finished in time."""
@@ -258,7 +269,7 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
     engine = Engine(model.steps, options.limits, model.shortlist)
     _observe(metrics, engine, calls, options.limits)
-    service = LimelightService(model, engine, lambda: calls.draining, metrics)
+    service = LimelightService(model, engine, calls.stopping, metrics)
     limelight_pb2_grpc.add_LimelightServiceServicer_to_server(service, server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)

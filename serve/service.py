@@ -46,11 +46,11 @@ class LimelightService(rpc.LimelightServiceServicer):
     Args:
         model: what is served.
         engine: what decodes for it.
-        stopping: whether the server takes nothing new any more.
+        stopping: set when the server takes nothing new any more.
         metrics: told of answers.
     """
 
-    def __init__(self, model: ServedModel, engine: Engine, stopping: Callable[[], bool], metrics: Metrics) -> None:
+    def __init__(self, model: ServedModel, engine: Engine, stopping: asyncio.Event, metrics: Metrics) -> None:
         self._model, self._engine, self._stopping, self._metrics = model, engine, stopping, metrics
         self._version = pb.ModelVersion(name=model.manifest.name, version=model.manifest.version)
         # Tokenising and packing take time in proportion to the text: not on the event loop.

@@ -24,6 +24,9 @@ from serve.errors import UNKNOWN_FAULT, QueueFullError, outcome_of
 DOMAIN = "limelight"
 """Whose reasons they are: `google.rpc.ErrorInfo.domain`."""
 
+LONGEST_MESSAGE = 1000
+"""Characters of a message; what a client sent may be quoted in it."""
+
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
@@ -77,6 +80,8 @@ def refusal(error: Exception, request: object, request_id: str) -> Refusal:
     """
     outcome = outcome_of(error)
     message = str(error)
+    if len(message) > LONGEST_MESSAGE:  # it goes into metadata, which gRPC limits
+        message = f"{message[:LONGEST_MESSAGE]}…"
     if outcome is UNKNOWN_FAULT:
         message = f"internal error (request {request_id} in the server's log)"
     return Refusal(

@@ -17,6 +17,7 @@ from serve.convert import (
     timings_message,
     token_message,
 )
+from serve.errors import EngineError
 from serve.jobs import Decoded, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
@@ -37,16 +38,23 @@ class TokenStream:
         self._model, self._asked, self._version, self._off_loop = model, asked, version, off_loop
         self._loop = asyncio.get_running_loop()
         self._spans = SpanStream(model.target)
-        self._taken = 0
+        self._told: list[int] = []
         # At most one item a token waits here, so the longest target bounds it.
         self._queue: asyncio.Queue[Decoded | Node] = asyncio.Queue()
 
     def on_settled(self, begun: Decoded, nodes: Sequence[Node]) -> None:
-        """Called by the engine after each step: pass on what is new, without working on it."""
-        new: list[Decoded | Node] = [*nodes[self._taken :]]
-        if self._taken == 0 and new:
+        """Called by the engine after each step: pass on what is new, without working on it.
+
+        Raises:
+            EngineError: tried anew, the search answers otherwise than was already told.
+        """
+        told = len(self._told)
+        if any(node.token != before for node, before in zip(nodes, self._told, strict=False)):
+            raise EngineError(f"a second try differs within the {told} tokens that were told already")
+        new: list[Decoded | Node] = [*nodes[told:]]
+        if not told and new:
             new.insert(0, begun)
-        self._taken = len(nodes)
+        self._told += [node.token for node in nodes[told:]]
         for item in new:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 

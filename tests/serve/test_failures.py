@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 
 from model.errors import InvalidRequestError
+from model.hypotheses import Hypothesis
 from model.search import SearchOptions
+from model.sentence import Sentence
 from model.steps import Array, Memory, Question, Step
 from model.store import ArrayStore, Store
 from model.vocabulary import END
 from serve.engine import Engine
-from serve.errors import EngineError, ExpiredError, OutOfMemoryError, outcome_of
-from serve.jobs import EngineLimits, Ticket, deadline_in
+from serve.errors import EngineError, EngineFailedError, ExpiredError, OutOfMemoryError, outcome_of
+from serve.jobs import Decoded, EngineLimits, Ticket, deadline_in
 from tests.serve.jobs import EVERY_WORD, LONG, MIDDLE, SHORT, MakeEngine, alone, job, occupied, result, same, tokens
 from tests.serve.running import PATIENCE
 from tests.serve.steps import Echo, Gated
@@ -147,6 +150,95 @@ def test_fault_32_who_has_gone_or_is_late_is_not_tried_again(start: Start, caplo
     assert gone.future.cancelled()
     assert tokens(first) == STEADY
     assert steps.batches == [1, 3, 1]
+
+
+def test_fault_32_who_comes_waits_until_all_that_failed_together_were_tried(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, steps = start(FailingDecoder())
+    first = occupied(engine, steps, STEADY)
+    bad, *mates = (engine.submit(job(source, beam_size=2)) for source in (BAD, MIDDLE, OTHER))
+    with caplog.at_level(logging.CRITICAL):
+        steps.let(2)
+        steps.wait(2)
+        late = engine.submit(job(SHORT))
+        steps.open()
+        assert tokens(late) == SHORT
+        assert [ticket.future.done() for ticket in (first, bad, mates[0])] == [True] * 3
+        assert_failed(bad)
+    assert [tokens(ticket) for ticket in (first, *mates)] == [STEADY, MIDDLE, OTHER]
+    assert engine.counts.retries == 3
+
+
+class HangingTwice(FailingDecoder):
+    """Its second reading of one source does not come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.hangs, self.release = 0, threading.Event(), threading.Event()
+
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
+        self.seen += len(source_ids) == 1 and source_ids[0, 0] == MIDDLE[0]
+        if self.seen:
+            self.hangs.set()
+            assert self.release.wait(PATIENCE)
+        return super().encode(source_ids, source_mask, attention)
+
+
+def test_fault_34_who_is_being_tried_again_is_given_up_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = HangingTwice()
+    steps = Gated(model)
+    engine = Engine(steps, EngineLimits())
+    first = occupied(engine, steps, STEADY)
+    mates = [engine.submit(job(source, beam_size=2)) for source in (MIDDLE, BAD, OTHER)]
+    with caplog.at_level(logging.CRITICAL):
+        steps.open()
+        assert model.hangs.wait(PATIENCE)
+        assert tokens(first) == STEADY
+        engine.give_up()
+        for ticket in mates:
+            with pytest.raises(EngineFailedError):
+                result(ticket)
+        with pytest.raises(EngineFailedError):
+            engine.submit(job(SHORT))
+    model.release.set()
+    assert engine.stop(PATIENCE)
+
+
+def test_results_that_cannot_be_put_together_are_one_requests_fault(
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, steps = start(Echo())
+    results = Sentence.results
+
+    def failing(sentence: Sentence) -> list[Hypothesis]:
+        if sentence.attention == frozenset({"cross"}):
+            raise MemoryError("secret of the runtime")
+        return results(sentence)
+
+    monkeypatch.setattr(Sentence, "results", failing)
+    first = occupied(engine, steps, STEADY)
+    large = engine.submit(job(MIDDLE, attention=frozenset({"cross"})))
+    mate = engine.submit(job(OTHER))
+    with caplog.at_level(logging.CRITICAL):
+        steps.open()
+        with pytest.raises(OutOfMemoryError):
+            result(large)
+    assert [tokens(ticket) for ticket in (first, mate)] == [STEADY, OTHER]
+
+
+def test_a_ticket_ends_once_whoever_ends_it() -> None:
+    for _ in range(200):
+        ticket = Ticket(job(SHORT))
+        ends = [
+            threading.Thread(target=ticket.fail, args=(EngineError("late"),)),
+            threading.Thread(target=ticket.finish, args=(Decoded(None, []),)),
+        ]
+        for thread in ends:
+            thread.start()
+        for thread in ends:
+            thread.join()
+        assert ticket.future.done()
 
 
 class Small(Echo):

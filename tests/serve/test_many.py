@@ -141,7 +141,7 @@ def test_no_more_is_read_than_is_answered_and_taken() -> None:
         return pb.GenerateResponse()
 
     async def run() -> None:
-        answers = answer_many(asked(10 * TOGETHER, read), answer, lambda: False)
+        answers = answer_many(asked(10 * TOGETHER, read), answer, asyncio.Event())
         await anext(answers)
         for _ in range(50 * TOGETHER):
             await asyncio.sleep(0)
@@ -156,7 +156,7 @@ def test_a_fault_of_the_server_is_one_items(caplog: pytest.LogCaptureFixture) ->
         raise EngineError("a secret of the server")
 
     async def run() -> list[pb.GenerateManyResponse]:
-        return [one async for one in answer_many(asked(2, []), answer, lambda: False)]
+        return [one async for one in answer_many(asked(2, []), answer, asyncio.Event())]
 
     for found in asyncio.run(run()):
         assert (found.error.code, found.error.reason) == (grpc.StatusCode.INTERNAL.value[0], "INTERNAL")
@@ -175,7 +175,7 @@ def test_what_fails_while_reading_ends_the_stream() -> None:
 
     async def run() -> None:
         with pytest.raises(ConnectionError, match="gone"):
-            async for _ in answer_many(broken(), answer, lambda: False):
+            async for _ in answer_many(broken(), answer, asyncio.Event()):
                 pass
         assert len(asyncio.all_tasks()) == 1
 
@@ -228,3 +228,28 @@ def test_models_are_listed(running: Running, served: ServedModel) -> None:
         (found,) = client.models()
     assert (found.name, found.version, found.task) == ("reversal", served.manifest.version, "text")
     assert (found.precision, found.provider) == (served.precision, served.provider)
+
+
+def test_a_stream_with_nothing_under_way_does_not_hold_up_a_stop(served: ServedModel) -> None:
+    ended = threading.Event()
+
+    def ask() -> Iterator[pb.GenerateManyRequest]:
+        yield item(0, "ab")
+        ended.wait(PATIENCE)
+
+    with serving(served) as running:
+        answers = running.stub.GenerateMany(ask(), timeout=PATIENCE)
+        assert next(answers).id == "0"
+        assert running.stop().result(PATIENCE) is True
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+        ended.set()
+    error: Any = caught.value
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert error.details() == "the server is shutting down and takes no new requests"
+
+
+def test_a_field_of_an_item_that_the_server_does_not_know_is_refused(running: Running) -> None:
+    unknown = item(0, "ab")
+    unknown.MergeFromString(b"\xf8\x3f\x01")
+    assert many(running, iter([unknown]))["0"].error.message == "request: field number 1023 is not known to this server"

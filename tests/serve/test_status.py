@@ -25,7 +25,7 @@ from serve.errors import (
 )
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
-from serve.status import DETAILS_KEY, PUSHBACK_KEY, refusal
+from serve.status import DETAILS_KEY, LONGEST_MESSAGE, PUSHBACK_KEY, refusal
 from tests.serve.jobs import SHORT, job, tokens
 from tests.serve.running import PATIENCE, Running, generate, serving
 from tests.serve.steps import Echo, Gated
@@ -151,3 +151,12 @@ def test_advice_follows_the_pace_at_which_the_queue_empties(monkeypatch: pytest.
         outflow.took(4)
     assert outflow.seconds(10) == pytest.approx(5.0, rel=1e-3)
     assert (outflow.seconds(0.01), outflow.seconds(1e6)) == (LEAST_WAIT, MOST_WAIT)
+
+
+def test_a_long_message_is_cut_before_metadata_overflow(running: Running) -> None:
+    request = pb.GenerateRequest(source="ab", model="m" * 9000)
+    error = failed(running.stub.Generate.future(request, timeout=PATIENCE))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+    assert error.details().startswith("model 'mmm")
+    assert error.details().endswith("m…")
+    assert len(error.details()) == LONGEST_MESSAGE + 1

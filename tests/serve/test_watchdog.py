@@ -31,6 +31,17 @@ class Dying(Echo):
         raise SystemExit("secret of the runtime")
 
 
+class Late(Dying):
+    """Waits before it does so."""
+
+    arrived, release = threading.Semaphore(0), threading.Event()
+
+    def encode(self, source_ids: Array, source_mask: Array, attention: bool = True) -> Memory:
+        self.arrived.release()
+        assert self.release.wait(PATIENCE)
+        return super().encode(source_ids, source_mask, attention)
+
+
 def outcome(call: Any) -> tuple[grpc.StatusCode, str]:
     error = call.exception(timeout=PATIENCE)
     assert error is not None
@@ -104,3 +115,17 @@ def test_fault_35_a_dead_engine_is_not_healthy(served: ServedModel, caplog: pyte
         assert running.server.failed.is_set()
         assert "the engine's thread has died" in caplog.text
         running.until_idle()
+
+
+def test_fault_35_an_engine_that_dies_while_the_server_stops_is_no_success(
+    served: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.CRITICAL), serving(dataclasses.replace(served, steps=Late())) as running:
+        call = generate(running.stub)
+        assert Late.arrived.acquire(timeout=PATIENCE)
+        stopping = running.stop()
+        while not running.server._calls.draining:
+            pass
+        Late.release.set()
+        assert outcome(call) == FAILED
+        assert stopping.result(PATIENCE) is False

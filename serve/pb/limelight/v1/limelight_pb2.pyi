@@ -644,7 +644,7 @@ class ItemError(_message.Message):
     reason: _builtins.str
     """The same for programs, such as QUEUE_FULL."""
     field: _builtins.str
-    """Path of the field at fault in the item's request; empty where none is."""
+    """Path of the field at fault in the item's request, or "id"; empty where none is."""
     retry_after_seconds: _builtins.float
     """Seconds after which a new try is likely to be let in; 0 where trying again does not help."""
     def __init__(
@@ -822,7 +822,7 @@ class StreamEnd(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """Where the time went; what the reader of the stream took is in it."""
+        """Where the time went."""
 
     def __init__(
         self,
