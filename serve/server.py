@@ -281,6 +281,8 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
         engine.stop()
         raise
     await server.start()
+    if scraped is not None:
+        log.info("metrics on http://%s:%d/metrics", options.authority, scraped.port)
     for name in ("", SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     return Server(server, engine, servicer, calls, port, options.watchdog, metrics, scraped)

@@ -1,6 +1,7 @@
 """What Prometheus is told, read with its own parser."""
 
 import dataclasses
+import logging
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -116,6 +117,11 @@ def test_the_model_and_the_process_are_told(scraped: tuple[Running, Gated], serv
     assert value(figures, "model_info", **about) == 1
     assert figures["process_resident_memory_bytes", ()] > 1e7
     assert ("limelight_loop_lag_seconds", ()) in figures
+
+
+def test_the_port_is_told(served: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "serve.server"), serving(served, metrics_port=0) as running:
+        assert f"metrics on http://127.0.0.1:{running.server.metrics_port}/metrics" in caplog.text
 
 
 def test_nothing_listens_where_it_is_not_asked_for(running: Running) -> None:
