@@ -242,34 +242,24 @@ class ModelSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelInfo:
-    """What a served model is.
+class ModelInfo(ModelSummary):
+    """What a served model is, and takes.
 
     Attributes:
-        name: its name.
-        version: its version.
-        task: what its outputs are, "g2p" or "text".
         architecture: for people.
         longest_source: most source tokens, the end token among them.
         longest_target: most target tokens, the end token among them.
         attention: the families that it returns.
         alignment: which cross-attention aligns best; None where that was not measured.
-        precision: of its weights, "fp32", "int8" or "fp16".
-        provider: what runs it, "cpu" or "cuda".
         quality: of its checkpoint on its own validation data, by metric; all but the loss in percent.
         shortlist: candidates of each sentence in a search with a shortlist; None where it has none.
     """
 
-    name: str
-    version: str
-    task: str
     architecture: str
     longest_source: int
     longest_target: int
     attention: Mapping[FamilyName, FamilyShape]
     alignment: Alignment | None
-    precision: str
-    provider: str
     quality: Mapping[str, float]
     shortlist: int | None
 

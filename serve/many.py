@@ -3,8 +3,6 @@
 from __future__ import annotations  # asyncio's classes are generic to mypy alone
 
 import asyncio
-import logging
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -13,9 +11,7 @@ from model.errors import InvalidRequestError
 from serve.convert import refuse_unknown_fields
 from serve.errors import STOPPING, ShuttingDownError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
-from serve.status import refusal
-
-log = logging.getLogger(__name__)
+from serve.status import refuse
 
 LONGEST_ID = 256
 """Characters of an item's id."""
@@ -97,10 +93,7 @@ async def _answered(item: pb.GenerateManyRequest, answer: Answer) -> pb.Generate
             raise InvalidRequestError("id", f"{len(item.id)} characters are over the limit of {LONGEST_ID}")
         return pb.GenerateManyResponse(id=item.id, answer=await answer(item.request))
     except Exception as error:
-        request_id = uuid.uuid4().hex[:12]
-        refused = refusal(error, item.request, request_id)
-        if refused.unexpected:
-            log.error("request %s failed", request_id, exc_info=error)
+        refused = refuse(error, item.request)
         about = pb.ItemError(
             code=refused.code.value[0],
             message=refused.message,

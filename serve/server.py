@@ -9,7 +9,6 @@ import asyncio
 import logging
 import signal
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from serve.jobs import EngineLimits
 from serve.metrics import Metrics, Scraped
 from serve.pb.limelight.v1 import limelight_pb2, limelight_pb2_grpc
 from serve.service import LimelightService
-from serve.status import Refusal, refusal
+from serve.status import refuse
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +221,7 @@ class Calls(grpc.aio.ServerInterceptor):
             yield
             code = reason = "OK"
         except Exception as error:
-            refused = _refusal(error, request)
+            refused = refuse(error, request)
             code, reason = refused.code.name, refused.reason
             await context.abort(refused.code, refused.message, refused.metadata)
         finally:
@@ -247,15 +246,6 @@ class Calls(grpc.aio.ServerInterceptor):
         self.in_flight -= 1
         if self.in_flight == 0:
             self._idle.set()
-
-
-def _refusal(error: Exception, request: Any) -> Refusal:
-    """What a client is told of an error; what is not known is logged, and the client told nothing of it."""
-    request_id = uuid.uuid4().hex[:12]
-    refused = refusal(error, request, request_id)
-    if refused.unexpected:
-        log.error("request %s failed", request_id, exc_info=error)
-    return refused
 
 
 async def create_server(model: ServedModel, options: ServerOptions) -> Server:

@@ -6,6 +6,8 @@ fault; `RetryInfo`, and the metadata that gRPC's own retries obey, where trying 
 
 from __future__ import annotations  # grpc's classes are generic to mypy alone
 
+import logging
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ from google.rpc.status_pb2 import Status
 
 from model.errors import InvalidRequestError
 from serve.errors import UNKNOWN_FAULT, QueueFullError, outcome_of
+
+log = logging.getLogger(__name__)
 
 DOMAIN = "limelight"
 """Whose reasons they are: `google.rpc.ErrorInfo.domain`."""
@@ -68,6 +72,15 @@ class Refusal:
     def unexpected(self) -> bool:
         """No fault of the client's, and none that was foreseen."""
         return self.code is UNKNOWN_FAULT.code
+
+
+def refuse(error: Exception, request: object) -> Refusal:
+    """What to tell of an error, as `refusal`; what is no client's fault is logged, under an id of its own."""
+    request_id = uuid.uuid4().hex[:12]
+    refused = refusal(error, request, request_id)
+    if refused.unexpected:
+        log.error("request %s failed", request_id, exc_info=error)
+    return refused
 
 
 def refusal(error: Exception, request: object, request_id: str) -> Refusal:

@@ -218,7 +218,7 @@ def test_a_fault_of_the_server_keeps_its_details(
         found = re.fullmatch(r"internal error \(request ([0-9a-f]{12}) in the server's log\)", text)
         assert found, text
         logged = [record for record in caplog.records if record.levelno == logging.ERROR]
-        assert [record.name for record in logged] == ["serve.batcher", "serve.server"]
+        assert [record.name for record in logged] == ["serve.batcher", "serve.status"]
         assert f"request {found[1]} failed" in caplog.text
         assert "a secret of the server" in caplog.text
         assert broken.stub.GetModel(pb.GetModelRequest()).model.name == "reversal"
