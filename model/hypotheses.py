@@ -41,6 +41,16 @@ class Hypothesis:
         """Log-probability of the whole hypothesis."""
         return sum(self.log_probabilities)
 
+    def node(self, t: int) -> "Node":
+        """Its token t, with the attention of that step."""
+        cross, decoder = self.cross_attention, self.decoder_attention
+        return Node(
+            self.tokens[t],
+            self.log_probabilities[t],
+            None if cross is None else cross[:, :, t],
+            None if decoder is None else decoder[:, :, t, : t + 1],
+        )
+
 
 @dataclass(frozen=True)
 class Node:

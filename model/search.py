@@ -22,7 +22,7 @@ from model.grid import Grid
 from model.hypotheses import Chain, Hypothesis, Node
 from model.options import LARGEST_BEAM, Sampling, SearchOptions
 from model.reading import read
-from model.sentence import SEEN, Sentence
+from model.sentence import Sentence
 from model.steps import (
     ALL_FAMILIES,
     NO_FAMILIES,
@@ -34,6 +34,7 @@ from model.steps import (
     StepsAhead,
 )
 from model.store import larger
+from model.trail import SEEN, Seen
 from model.vocabulary import BEGIN, END
 
 __all__ = ["LARGEST_BEAM", "Decoding", "Hypothesis", "Node", "Sampling", "SearchOptions", "Sentence", "search"]
@@ -62,7 +63,7 @@ class Decoding:
     def __init__(self, model: StepModel, beam_size: int) -> None:
         self.sentences: list[Sentence] = []
         self._model, self._width = model, beam_size
-        self._grid, self._seen = Grid(model, beam_size), 0
+        self._grid, self._seen = Grid(model, beam_size), Seen()
         self._ahead = model if beam_size == 1 and isinstance(model, StepsAhead) else None
         self._tokens = np.zeros((0, beam_size), np.int64)
         self._parents = np.zeros((0, beam_size), np.int64)
@@ -116,6 +117,7 @@ class Decoding:
                 families - {"encoder"},
                 int(memory.source_mask[index].sum()),
                 self._model.vocabulary,
+                self._seen,
             )
             for index, option, families in zip(indices, options, wanted, strict=True)
         ]
@@ -151,19 +153,20 @@ class Decoding:
         if not sentences:
             return
         for sentence in sentences:
-            sentence.gather()
-            sentence.done = True
+            sentence.leave()
         order = self._grid.leave([sentence.place for sentence in sentences])
         self.sentences = [self.sentences[before] for before in order]
         for place, sentence in enumerate(self.sentences):
-            sentence.place = place
+            if sentence.place != place:
+                sentence.catch_up()
+                sentence.place = place
+        if not self.sentences:
+            self._seen.clear()
         self._keep(np.array(order, np.int64))
 
     def settled(self, sentence: Sentence) -> list[Node]:
         """Tokens of a sentence that are certain by now, from the first."""
-        sentence.gather()
-        live = [] if sentence.done else self._live(sentence)
-        return sentence.settle(live)
+        return sentence.settle([] if sentence.done else self._live(sentence))
 
     def _step_once(self, special: Sequence[Sentence], needed: frozenset[Family]) -> None:
         """One step, of which sentences with options of their own are taken aside."""
@@ -173,7 +176,7 @@ class Decoding:
         top = max(sentence.constraints.candidates(sentence.age) for sentence in special or self.sentences[:1])
         step = self._grid.step(self._tokens, self._parents, next_ids, top, needed)
         if needed:
-            self._look(self.sentences, step)
+            self._look(step)
         values, ids = step.top_log_probabilities.astype(np.float64), step.top_ids
         # One NaN among the scores makes every log-probability of its row NaN, so what is returned of it suffices.
         self._refuse_no_numbers((values < np.inf).all(2) & (step.next_log_probabilities < np.inf))
@@ -187,25 +190,22 @@ class Decoding:
         else:
             self._choose(values, ids)
 
-    def _look(self, sentences: Sequence[Sentence], step: Step) -> None:
+    def _look(self, step: Step) -> None:
         if step.cross_attention is not None:
-            self._see(step.cross_attention[:, :, :, None], [1] * len(sentences))
+            self._see(step.cross_attention[:, :, :, None])
         if step.decoder_attention is not None:
-            ages = np.array([sentence.age for sentence in sentences])
+            ages = np.array([sentence.age for sentence in self.sentences])
             columns = self._grid.columns(self._rows[:, :, : ages.max()], ages)
             decoder = np.take_along_axis(step.decoder_attention, columns[:, None, None], -1)
-            for sentence, looks in zip(sentences, decoder, strict=True):
+            for sentence, looks in zip(self.sentences, decoder, strict=True):
                 sentence.look_at_target(looks, 1, np.arange(sentence.age + 1))
 
-    def _see(self, looks: Float[np.ndarray, "sentence layer head step row source"], steps: Sequence[int]) -> None:
-        """Attention to the source: kept as it is for some steps, as to copy each by itself would cost more than it."""
-        for sentence, own in zip(self.sentences, steps, strict=True):
-            sentence.look_at_source(looks, own)
-        self._seen += looks.shape[3]
-        if self._seen >= SEEN:
-            self._seen = 0
+    def _see(self, looks: Float[np.ndarray, "sentence layer head step row source"]) -> None:
+        self._seen.add(looks)
+        if self._seen.steps >= SEEN:
             for sentence in self.sentences:
                 sentence.gather()
+            self._seen.clear()
 
     def _refuse_no_numbers(self, numbers: Bool[np.ndarray, "sentence row"]) -> None:
         unknown = ~numbers & (self._totals > -np.inf)
@@ -242,7 +242,7 @@ class Decoding:
         values[np.arange(ids.shape[1]) >= taken[:, None]] = 0.0  # what came after an end token means nothing
         self._refuse_no_numbers(np.all(values < np.inf, axis=1, keepdims=True))
         if made.cross_attention is not None:
-            self._see(made.cross_attention[:, :, :, :, None], taken.tolist())
+            self._see(made.cross_attention[:, :, :, :, None])
         if made.decoder_attention is not None:
             for sentence, looks, own, count in zip(sentences, made.decoder_attention, columns, taken, strict=True):
                 sentence.look_at_target(looks, int(count), own)

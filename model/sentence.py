@@ -10,10 +10,7 @@ from model.errors import InvalidRequestError
 from model.hypotheses import Chain, Hypothesis, Node, bound
 from model.options import SearchOptions
 from model.steps import Family
-from model.trail import Trail
-
-SEEN = 16
-"""Steps whose attention to the source is kept as it was computed, before each sentence copies its own."""
+from model.trail import Seen, Trail
 
 
 class Sentence:
@@ -30,19 +27,18 @@ class Sentence:
     """
 
     def __init__(
-        self, options: SearchOptions, attention: frozenset[Family], source_length: int, vocabulary: int
+        self, options: SearchOptions, attention: frozenset[Family], source_length: int, vocabulary: int, seen: Seen
     ) -> None:
         self.options, self.attention, self.done = options, attention, False
         covered: frozenset[Family] = frozenset({"cross"} if options.coverage_penalty else ())
         self.needed = attention | covered
         self.place, self.age = 0, 0
         self.constraints = Constraints(options, vocabulary)
-        self._source_length = source_length
-        self._trail = Trail()
-        self._keeps_source = "cross" in self.needed
-        self._seen: list[Float[np.ndarray, "layer head step row source"]] = []
+        self._trail = Trail(source_length)
+        self._seen, self._caught_up = seen, seen.end
         self._finished: list[tuple[float, Chain]] = []
         self._settled: list[Node] = []
+        self._answers: list[Hypothesis] = []
         self._error: InvalidRequestError | None = None
 
     @property
@@ -50,21 +46,16 @@ class Sentence:
         """Hypotheses that have ended."""
         return len(self._finished)
 
-    def look_at_source(self, looks: Float[np.ndarray, "sentence layer head step row source"], steps: int = 1) -> None:
-        """See what its rows look at in the source in the next steps, if that is needed; `gather` copies it.
-
-        Args:
-            looks: of the whole batch.
-            steps: how many of the steps are its own.
-        """
-        if self._keeps_source:
-            self._seen.append(looks[self.place, :, :, :steps, :, : self._source_length])
+    def catch_up(self) -> None:
+        """See what its rows looked at in the source since the last time: before its place changes, or anybody asks."""
+        if "cross" in self.needed:
+            self._trail.add_cross(self._seen.since(self._caught_up), self.place)
+            self._caught_up = self._seen.end
 
     def gather(self) -> None:
-        """Copy what its rows looked at in the source since the last time, so that nothing of the batch is kept."""
-        if self._seen:
-            self._trail.add_cross(np.concatenate(self._seen, 2))
-            self._seen.clear()
+        """The same, and copy it, so that nothing of the batch is kept."""
+        self.catch_up()
+        self._trail.copy_cross()
 
     def look_at_target(
         self, looks: Float[np.ndarray, "layer head step_row seen"], steps: int, columns: Int[np.ndarray, " read"]
@@ -83,7 +74,7 @@ class Sentence:
     def finish(self, chain: Chain) -> None:
         """Take in a hypothesis that has ended."""
         if self.options.coverage_penalty:
-            self.gather()
+            self.catch_up()
         self._finished.append((chain.score(self.options, self._trail), chain))
 
     def fail(self) -> None:
@@ -97,23 +88,31 @@ class Sentence:
             return False
         return self._best()[-1][0] >= bound(live, self.options)
 
+    def leave(self) -> None:
+        """Take the answers along, and nothing else of what the rows looked at."""
+        if self.done and self._error is None:
+            self.catch_up()
+            self._answers = [chain.hypothesis(score, self._trail, self.attention) for score, chain in self._best()]
+        self.done, self._trail, self._seen = True, Trail(0), Seen()
+
     def results(self) -> list[Hypothesis]:
-        """The n best hypotheses, best first.
+        """The n best hypotheses, best first; none before it has left, or where it left before it was done.
 
         Raises:
             InvalidRequestError: the options left no token to choose.
         """
         if self._error is not None:
             raise self._error
-        return [chain.hypothesis(score, self._trail, self.attention) for score, chain in self._best()]
+        return self._answers
 
     def settle(self, live: Sequence[Chain]) -> list[Node]:
         """Tokens that every hypothesis still in play shares, from the first: what a stream can already send."""
-        in_play = [chain for _, chain in self._best()[:1]] if self.done else [chain for _, chain in self._finished]
-        in_play += [] if self.done else live
-        if not in_play:  # it failed, or left before anything was certain
+        if self.done:
+            for best in self._answers[:1]:
+                self._settled += [best.node(t) for t in range(len(self._settled), len(best.tokens))]
             return self._settled
-        first, *others = in_play
+        self.gather()
+        first, *others = [*(chain for _, chain in self._finished), *live]
         while (t := len(self._settled)) < len(first.tokens):
             if any(len(chain.tokens) <= t or chain.tokens[t] != first.tokens[t] for chain in others):
                 break

@@ -1,14 +1,52 @@
 """What the rows of a sentence looked at, step by step, until its answers are known. Torch-free."""
 
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+SEEN = 16
+"""Steps whose attention to the source is kept as it was computed, before each sentence copies its own."""
+
+
+class Seen:
+    """What a batch looked at in the source in its last steps, as it was computed.
+
+    To let each sentence copy its own part of every step would cost more than the attention does.
+
+    Attributes:
+        steps: how many these are.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self._begin = 0, 0
+        self._looks: list[Float[np.ndarray, "sentence layer head step row source"]] = []
+
+    @property
+    def end(self) -> int:
+        """Arrays that there have been."""
+        return self._begin + len(self._looks)
+
+    def add(self, looks: Float[np.ndarray, "sentence layer head step row source"]) -> None:
+        """Keep what was looked at in some more steps."""
+        self._looks.append(looks)
+        self.steps += looks.shape[3]
+
+    def since(self, end: int) -> list[Float[np.ndarray, "sentence layer head step row source"]]:
+        """The arrays that came after the first so many."""
+        return self._looks[end - self._begin :]
+
+    def clear(self) -> None:
+        """Keep nothing of them."""
+        self._begin = self.end
+        self._looks.clear()
+        self.steps = 0
+
 
 class Glimpse(NamedTuple):
-    """What the rows of one sentence looked at in some steps; of its own, so that nothing of its batch is kept alive."""
+    """What the rows of one sentence looked at in some steps."""
 
     begin: int
     """Steps before these."""
@@ -18,25 +56,57 @@ class Glimpse(NamedTuple):
 
 
 class Trail:
-    """All steps of one sentence."""
+    """All steps of one sentence.
 
-    def __init__(self) -> None:
-        self._cross, self._decoder = list[Glimpse](), list[Glimpse]()
+    Args:
+        source_length: tokens of its source.
+    """
 
-    def add_cross(self, looks: Float[np.ndarray, "layer head step row source"]) -> None:
-        """Keep what was looked at in the source in the next steps: an array of its own, padding cut off."""
-        _add(self._cross, looks)
+    def __init__(self, source_length: int) -> None:
+        self._source_length = source_length
+        self._new: list[tuple[Float[np.ndarray, "sentence layer head step row source"], int]] = []
+        self._cross: list[Glimpse] = []
+        self._decoder: list[Glimpse] = []
+
+    def add_cross(self, looks: Iterable[Float[np.ndarray, "sentence layer head step row source"]], place: int) -> None:
+        """Keep what was looked at in the source in the next steps: arrays of a whole batch, until `copy_cross`.
+
+        Args:
+            looks: of one step or several each.
+            place: which sentence of them.
+        """
+        self._new += [(batch, place) for batch in looks]
+
+    def copy_cross(self) -> None:
+        """Copy what came since the last time, so that nothing is kept of the arrays that it lies in."""
+        if self._new:
+            _add(
+                self._cross, np.concatenate([batch[place, ..., : self._source_length] for batch, place in self._new], 2)
+            )
+            self._new.clear()
 
     def add_decoder(self, looks: Float[np.ndarray, "layer head step row read"]) -> None:
         """Keep what was looked at in the target in the next steps: an array of its own. See `Glimpse`."""
         _add(self._decoder, looks)
 
     def cross(self, rows: Int[np.ndarray, " target"]) -> Float[np.ndarray, "layer head target source"] | None:
-        """What the given row of each step looked at, from the first; None where that is not kept."""
-        if not self._cross:
+        """What the given row of each step looked at, from the first: a copy; None where that is not kept."""
+        if not self._new and not self._cross:
             return None
-        looks = [glimpse.weights for glimpse in self._cross]
-        return _chosen(looks[0] if len(looks) == 1 else np.concatenate(looks, 2), rows)
+        count, begin, width = len(rows), _steps(self._cross), self._source_length
+        parts = [_chosen(glimpse.weights, rows[glimpse.begin :]) for glimpse in self._cross if glimpse.begin < count]
+        for batch, place in self._new:
+            if begin >= count:
+                break
+            *_, steps, beam_size, _ = batch.shape
+            if beam_size == 1:
+                parts.append(batch[place, :, :, : count - begin, 0, :width])
+            elif steps == 1:
+                parts.append(batch[place, :, :, :, rows[begin], :width])
+            else:
+                parts.append(_chosen(batch[place, ..., :width], rows[begin:]))
+            begin += steps
+        return np.concatenate(parts, 2)
 
     def decoder(self, rows: Int[np.ndarray, " target"]) -> Float[np.ndarray, "layer head target target"] | None:
         """As `cross`, over the begin token and all tokens but the last; zero above the diagonal."""
@@ -62,8 +132,11 @@ class Trail:
 
 
 def _add(glimpses: list[Glimpse], looks: Float[np.ndarray, "layer head step row seen"]) -> None:
-    begin = glimpses[-1].begin + glimpses[-1].weights.shape[2] if glimpses else 0
-    glimpses.append(Glimpse(begin, looks))
+    glimpses.append(Glimpse(_steps(glimpses), looks))
+
+
+def _steps(glimpses: Sequence[Glimpse]) -> int:
+    return glimpses[-1].begin + glimpses[-1].weights.shape[2] if glimpses else 0
 
 
 def _chosen(

@@ -1,4 +1,4 @@
-"""What is kept of a step belongs to one sentence: the arrays of the whole batch go when the step is over."""
+"""What is kept of a step belongs to one sentence: the arrays of the whole batch go some steps later, or with it."""
 
 import dataclasses
 import gc
@@ -9,8 +9,8 @@ import pytest
 
 from model.forced import score
 from model.search import Decoding
-from model.sentence import SEEN
 from model.steps import ALL_FAMILIES, Array, Memory, Question, Step, pad
+from model.trail import SEEN
 from model.vocabulary import END
 from tests.model.searching import SOURCES, assert_same, options
 from tests.model.steps import RowModel, SeedModel
@@ -45,7 +45,7 @@ def test_a_search_keeps_nothing_of_its_batch(beam_size: int) -> None:
     while decoding.sentences:
         decoding.step()
         settled = [decoding.settled(sentence) for sentence in sentences]
-        assert model.alive == 0
+        assert model.alive == (decoding.clock % SEEN if decoding.sentences else 0)
     answers = [sentence.results() for sentence in sentences]
     assert model.alive == 0
     assert len(model.given) >= 2 * max(len(nodes) for nodes in settled) > 0
