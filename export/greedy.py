@@ -16,7 +16,7 @@ from export.graph_bytes import OPSET
 from export.graphs import Exported
 from export.manifest import TensorSpec
 from export.one_query import Grown, for_one_query
-from export.onnx_writer import switch, value_info
+from export.onnx_writer import value_info
 from export.optimise import drop_unused, reads_of, rename
 from model.options import UNWRITABLE
 from model.steps import Array
@@ -199,7 +199,8 @@ class _Assembly:
     def lay_side_by_side(self, wanted: NodeProto) -> None:
         """Let the If that stacks the layers' attention lay them along the heads' axis, in place.
 
-        An operator a step, not one a layer too; `after` takes them apart, once. What is made otherwise stays.
+        That is an operator a step, not one a layer too; and nothing is to be copied after the Loop, as every part of
+        the result lies where it belongs. What is not stacked layer by layer is reshaped.
         """
         then, otherwise = (
             next(attribute.g for attribute in wanted.attribute if attribute.name == f"{branch}_branch")
@@ -211,10 +212,13 @@ class _Assembly:
         if stack.op_type == "Concat" and alone and list(stack.input) == [layer.output[0] for layer in layers]:
             side_by_side = helper.make_node("Concat", [layer.input[0] for layer in layers], stack.output, axis=1)
             del then.node[:]
-            then.node.append(side_by_side)
-            del otherwise.node[0].attribute[0].t.dims[-1:]
-            for branch in (then, otherwise):
-                del branch.output[0].type.tensor_type.shape.dim[-1:]
+        else:
+            stacked, stack.output[0] = stack.output[0], f"{stack.output[0]}_stacked"
+            side_by_side = helper.make_node("Reshape", [stack.output[0], "heads_of_layers"], [stacked])
+        then.node.append(side_by_side)
+        del otherwise.node[0].attribute[0].t.dims[-1:]
+        for branch in (then, otherwise):
+            del branch.output[0].type.tensor_type.shape.dim[-1:]
 
     def take_out(self, inner: GraphProto) -> list[NodeProto]:
         """Take out of a step, and return, what is the same in every one."""
@@ -236,13 +240,13 @@ class _Assembly:
     def loop(self, inner: GraphProto) -> NodeProto:
         """The Loop; what its body does not carry, it reads from the graph around it."""
         last = ["last_ended", *(f"last_{name}" for name in self.carried)]
-        collected = [*(f"all_{name}" for name in CHOSEN), *(f"all_{spec.name}" for spec in self.looks)]
+        collected = [*(f"all_{name}" for name in CHOSEN), *(spec.name for spec in self.looks)]
         return helper.make_node(
             "Loop", ["steps", "yes", "first_ended", *self.carried], [*last, *collected], "search", body=inner
         )
 
     def after(self) -> list[NodeProto]:
-        """Of what grew, what is new; and what was chosen and the attention of all steps side by side."""
+        """Of what grew, what is new; and what was chosen in all steps side by side."""
         nodes = [helper.make_node("Squeeze", [f"all_{name}", "two"], [name]) for name in CHOSEN]
         for spec in self.states:
             name, axis, last = self.news[spec.name].name, _past_axis(spec), f"last_{spec.name}"
@@ -254,9 +258,6 @@ class _Assembly:
                 helper.make_node("Constant", [], [f"axis_of_{spec.name}"], value_ints=[axis]),
                 helper.make_node("Slice", [last, f"past_of_{spec.name}", "last", f"axis_of_{spec.name}"], [name]),
             ]
-        for spec in self.looks:
-            parted = helper.make_node("Reshape", [f"all_{spec.name}", "by_layer"], [spec.name])
-            nodes.append(_switched(spec, [parted], spec.name))
         return nodes
 
     def constants(self) -> dict[str, Array]:
@@ -269,7 +270,7 @@ class _Assembly:
             "one": np.array([1]),
             "two": np.array([2]),
             "last_axis": np.array([-1]),
-            "by_layer": np.array([0, 0, *self.looks[0].axes[1:3], -1]),
+            "heads_of_layers": np.array([0, _by_step(self.looks[0]).axes[2], 1, -1]),
             "end": np.array(END),
             "yes": np.array(True),
             "last": np.array([np.iinfo(np.int64).max]),
@@ -283,9 +284,9 @@ def _with_query(spec: TensorSpec, count: int | str) -> TensorSpec:
 
 
 def _by_step(spec: TensorSpec) -> TensorSpec:
-    """Attention of all steps as a Loop collects it; to turn it would be to copy it once more."""
-    axes = _with_query(spec, "step").axes
-    return spec.model_copy(update={"axes": ("step", *(axis for axis in axes if axis != "step"))})
+    """Attention of all steps as the Loop collects it, all layers' heads in a row: to turn it would be to copy it."""
+    batch, layers, heads, _, seen = spec.axes
+    return spec.model_copy(update={"axes": ("step", batch, int(layers) * int(heads), 1, seen)})
 
 
 def _past_axis(spec: TensorSpec) -> int | None:
@@ -296,13 +297,6 @@ def _past_axis(spec: TensorSpec) -> int | None:
 def _grows(spec: TensorSpec) -> bool:
     """Attention to what is generated has a column more in every step."""
     return spec.role == "decoder_attention"
-
-
-def _switched(spec: TensorSpec, nodes: list[NodeProto], name: str) -> NodeProto:
-    """Nodes that run where this attention is wanted; their result gets another name."""
-    node = switch(spec, nodes)
-    node.name, node.output[:] = f"lay_out_{name}", [name]
-    return node
 
 
 def _lengthen(wanted: NodeProto, spec: TensorSpec) -> None:

@@ -68,6 +68,9 @@ SMALL_OUTPUTS = ("top_log_probabilities", "top_ids", "next_log_probabilities")
 DECODERS: tuple[Family, ...] = ("cross", "decoder")
 """Families of attention that the decoder has."""
 
+LOOKS = tuple(f"{family}_attention" for family in DECODERS)
+"""Their outputs."""
+
 CHOSEN = ("chosen_ids", "chosen_log_probabilities")
 """What several steps always return."""
 
@@ -228,10 +231,6 @@ class OnnxStepModel:
         return session
 
 
-LOOKS = 5
-"""Axes of attention: sentence, layer, head, step and what was looked at. Bundles differ in where the steps are."""
-
-
 class OnnxGreedyModel(OnnxStepModel):
     """The same, and the graph that takes several greedy steps in one call; it holds the decoder's weights once more.
 
@@ -260,15 +259,19 @@ class OnnxGreedyModel(OnnxStepModel):
         if greedy is None:
             raise BundleError(f"{bundle}: {precision} has no graph for several steps: export the model again")
         self._greedy = self._session(bundle, greedy)
-        self._by_step = {spec.name for spec in greedy.outputs if spec.axes[0] == "step" and len(spec.axes) == LOOKS}
+        if any(spec.axes[:2] != ("step", "batch") for spec in greedy.outputs if spec.role in LOOKS):
+            raise BundleError(f"{bundle / greedy.file}: its attention is laid out as no more: export the model again")
+        decoder = self.graphs.decoder
+        self._layers_heads = {spec.name: spec.axes[1:3] for spec in decoder.outputs if spec.role in LOOKS}
 
     def greedy(self, question: Question, steps: int, fewest: int) -> GreedySteps:
         """See `StepsAhead.greedy`."""
         names, feeds = self._call(question)
         names, feeds = [*CHOSEN, *names], feeds | {"steps": np.array(steps), "fewest": np.array(fewest)}
         found = dict(zip(names, self._greedy.run(names, feeds), strict=True))
-        for name in self._by_step & found.keys():
-            found[name] = found[name].transpose(1, 2, 3, 0, 4)
+        for name in self._layers_heads.keys() & found.keys():
+            steps, batch, *_, seen = found[name].shape
+            found[name] = found[name].reshape(steps, batch, *self._layers_heads[name], seen).transpose(1, 2, 3, 0, 4)
         return GreedySteps(
             ids=found["chosen_ids"],
             log_probabilities=found["chosen_log_probabilities"],

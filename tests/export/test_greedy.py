@@ -1,6 +1,8 @@
 """Several greedy steps in one call are the decoder's own steps, taken one after the other."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -173,6 +175,26 @@ def test_a_bundle_without_the_graph_is_refused(tied: Toy) -> None:
         OnnxGreedyModel(tied.bundle, manifest, "fp32")
 
 
+def test_attention_in_another_order_is_refused(tied: Toy, tmp_path: Path) -> None:
+    """As bundles had it before: sentences taken for steps would give wrong pictures without an error."""
+    bundle = shutil.copytree(tied.bundle, tmp_path / "bundle")
+    spec = tied.manifest.graphs["fp32"].greedy
+    assert spec is not None
+    model = onnx.load(bundle / spec.file, load_external_data=False)
+    (value,) = (one for one in model.graph.output if one.name == "cross_attention")
+    first, second = value.type.tensor_type.shape.dim[:2]
+    first.dim_param, second.dim_param = "batch", "step"
+    onnx.save(model, bundle / spec.file)
+    outputs = [
+        one.model_copy(update={"axes": ("batch", "step", *one.axes[2:])}) if one.role == "cross_attention" else one
+        for one in spec.outputs
+    ]
+    greedy = spec.model_copy(update={"outputs": tuple(outputs)})
+    graphs = {"fp32": tied.manifest.graphs["fp32"].model_copy(update={"greedy": greedy})}
+    with pytest.raises(BundleError, match="its attention is laid out as no more: export the model again"):
+        OnnxGreedyModel(bundle, tied.manifest.model_copy(update={"graphs": graphs}), "fp32")
+
+
 def test_the_manifest_tells_what_it_takes_and_gives(exported: Toy | Reversal) -> None:
     model = OnnxGreedyModel(exported.bundle, exported.manifest, "fp32")
     spec = model.graphs.greedy
@@ -181,7 +203,7 @@ def test_the_manifest_tells_what_it_takes_and_gives(exported: Toy | Reversal) ->
     layers, heads = network(exported).config.model.decoder_layers, network(exported).config.model.heads
     axes = {one.name: one.axes for one in (*spec.inputs, *spec.outputs)}
     assert axes["chosen_ids"] == axes["chosen_log_probabilities"] == ("step", "batch")
-    assert axes["cross_attention"] == ("step", "batch", layers, heads, "source")
-    assert axes["decoder_attention"] == ("step", "batch", layers, heads, "target")
+    assert axes["cross_attention"] == ("step", "batch", layers * heads, 1, "source")
+    assert axes["decoder_attention"] == ("step", "batch", layers * heads, 1, "target")
     assert axes["next.0.key"][2] == "step"
     assert axes["target_ids"] == ("batch", 1)
