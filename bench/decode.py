@@ -10,9 +10,10 @@ rounds, `ratio` the median of the rounds' ratios. One round before them warms up
 is the share of sentences to which both sides give equal ids.
 
 Attention "none", "cross" and "all" are the families that ours returns. CTranslate2 returns nothing for "none", and for
-the others the one averaged matrix that it has. `price` is what ours pays: 1 - its tokens/s over those of "none" in the
-same round. `limit_share` is the limit of `bench.limit` over the time taken. Memory is the largest of the whole process
-up to the end of that attention's first round, Python and libraries included.
+the others the one averaged matrix that it has. `price` is what ours pays: 1 - its tokens/s over those of "none" for the
+same batch in the same round, the median of all of these: a disturbance of some milliseconds spoils but one of them.
+`limit_share` is the limit of `bench.limit` over the time taken. Memory is the largest of the whole process up to the
+end of that attention's first round, Python and libraries included.
 """
 
 import importlib.metadata
@@ -125,9 +126,9 @@ def measure_group(
             for attention in sorted(attentions, key=FULL.attention.index):  # each needs more than the one before
                 ((_, answers[side, attention]),) = worker.ask({"do": "decode", "attention": [attention]})
                 memory[side, attention] = worker.ask({"do": "memory"})
-        speeds = _take_turns(group, workers, attentions, effort, tick)
+        timed = _take_turns(group, workers, attentions, effort, tick)
     about = {
-        "rounds": len(next(iter(speeds.values()))),
+        "rounds": len(next(iter(timed.values()))),
         "source_tokens": statistics.fmean(len(source) for batch in batches for source in batch),
         "bandwidth": rates.bandwidth,
         "matrix_rate": rates.matrix,
@@ -137,7 +138,7 @@ def measure_group(
     }
     rows = []
     for cell in cells:
-        row = cell.columns() | {"model": prepared.name} | _speed_columns(cell.attention, speeds)
+        row = cell.columns() | {"model": prepared.name} | _speed_columns(cell.attention, timed)
         for side in SIDES:
             limit = _limit(prepared, batches, answers[side, cell.attention], group, rates)
             row[f"{'' if side == 'ours' else 'peer_'}limit_share"] = row[side] / limit
@@ -162,7 +163,8 @@ def _job(side: Side, group: Group, prepared: Prepared, batches: list[list[list[i
     )
 
 
-Speeds: TypeAlias = dict[tuple[Side, Attention], list[float]]
+Timed: TypeAlias = dict[tuple[Side, Attention], list[tuple[list[float], int]]]
+"""Of every round, each batch's seconds, and the tokens of all of them."""
 
 
 def _take_turns(
@@ -171,8 +173,8 @@ def _take_turns(
     attentions: Sequence[Attention],
     effort: Effort,
     tick: Callable[[], None],
-) -> Speeds:
-    speeds: Speeds = {(side, attention): [] for side in workers for attention in attentions}
+) -> Timed:
+    timed: Timed = {(side, attention): [] for side in workers for attention in attentions}
     end = time.monotonic() + effort.seconds
     for turn in range(effort.rounds):
         if turn >= FEWEST_ROUNDS and time.monotonic() > end:
@@ -181,20 +183,26 @@ def _take_turns(
         for side, worker in list(workers.items())[:: -1 if turn % 2 else 1]:
             found = worker.ask({"do": "decode", "attention": attentions, "turn": turn})
             for attention, (seconds, answers) in zip(attentions, found, strict=True):
-                speeds[side, attention].append(sum(map(len, answers)) / seconds)
+                timed[side, attention].append((seconds, sum(map(len, answers))))
             if group.threads > 1:
                 time.sleep(PAUSE)
         tick()
-    return speeds
+    return timed
 
 
-def _speed_columns(attention: Attention, speeds: Speeds) -> Row:
-    ours, peer, free = speeds["ours", attention], speeds["peer", attention], speeds.get(("ours", "none"))
+def _speed_columns(attention: Attention, timed: Timed) -> Row:
+    ours, peer = ([tokens / sum(seconds) for seconds, tokens in timed[side, attention]] for side in SIDES)
+    free = timed.get(("ours", "none"))
     row = {"ours": statistics.median(ours), "peer": statistics.median(peer)}
     row |= _quartiles("ratio", [one / other for one, other in zip(ours, peer, strict=True)])
     if attention == "none" or free is None:
         return row | dict.fromkeys(("price", "price_low", "price_high"))
-    return row | _quartiles("price", [1 - one / other for one, other in zip(ours, free, strict=True)])
+    prices = [
+        1 - without / with_it
+        for (before, _), (after, _) in zip(free, timed["ours", attention], strict=True)
+        for without, with_it in zip(before, after, strict=True)
+    ]
+    return row | _quartiles("price", prices)
 
 
 def _quartiles(name: str, values: list[float]) -> Row:

@@ -139,9 +139,9 @@ def _open(job: Job) -> Side:
 
 def _decode(
     side: Side, job: Job, batches: Sequence[Any], attentions: Sequence[str], turn: int
-) -> dict[str, tuple[float, list[list[int]]]]:
-    """Seconds and answers with each attention, none of which is always the first or always after the same one."""
-    seconds: dict[str, float] = dict.fromkeys(attentions, 0.0)
+) -> dict[str, tuple[list[float], list[list[int]]]]:
+    """Each batch's seconds, and the answers, with each attention; the order of these changes all the time."""
+    seconds: dict[str, list[float]] = {attention: [0.0] * len(batches) for attention in attentions}
     answers: dict[str, list[list[int]]] = {attention: [] for attention in attentions}
     for index, batch in enumerate(batches):
         first = (turn + index) % len(attentions)
@@ -155,11 +155,11 @@ def _decode(
                 length_penalty=job.length_penalty,
                 attention=attention,
             )
-            seconds[attention] += time.perf_counter() - begun
+            seconds[attention][index] += time.perf_counter() - begun
             answers[attention] += side.answers(found)
             begun = time.perf_counter()
             del found  # what it takes to free the attention is a part of its price
-            seconds[attention] += time.perf_counter() - begun
+            seconds[attention][index] += time.perf_counter() - begun
     return {attention: (seconds[attention], answers[attention]) for attention in attentions}
 
 
