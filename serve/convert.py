@@ -14,7 +14,7 @@ from model.search import Hypothesis, Sampling, SearchOptions
 from model.steps import Family
 from model.tokenizer import Token, Tokenizer
 from model.vocabulary import UNKNOWN
-from serve.jobs import Job, Settled, Ticket
+from serve.jobs import Caller, Job, Settled, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
 FAMILIES: "dict[pb.AttentionFamily.ValueType, Family]" = {
@@ -60,12 +60,14 @@ class Asked:
     options: SearchOptions
     wanted: AttentionWanted
     shortlist: bool = False
+    size: int = 0
+    """Bytes of the request."""
 
-    def job(self, deadline: float | None, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
+    def job(self, caller: Caller, target: list[int] | None = None, on_settled: Settled | None = None) -> Job:
         """For the engine.
 
         Args:
-            deadline: as in `Job`.
+            caller: who asks.
             target: ids to score instead of searching.
             on_settled: told of tokens as they become certain.
         """
@@ -75,7 +77,9 @@ class Asked:
             shortlist=self.shortlist,
             target=target,
             attention=frozenset(self.wanted.families),
-            deadline=deadline,
+            deadline=caller.deadline,
+            client=caller.client,
+            size=self.size,
             on_settled=on_settled,
         )
 

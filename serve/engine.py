@@ -1,6 +1,6 @@
 """The decode engine: a bounded queue in front of a continuous batcher, on a thread of its own. It knows no gRPC.
 
-    submit ──► queue ──► admitted between steps, in order of arrival ──► Batcher ──► tickets
+    submit ──► Waiting ──► admitted between steps, the next one first ──► Batcher ──► tickets
 
 A caller hands in a job and gets a ticket: a future, and a way to cancel.
 """
@@ -8,48 +8,15 @@ A caller hands in a job and gets a ticket: a future, and a way to cancel.
 import logging
 import threading
 import time
-from collections import deque
 
 from model.errors import InvalidRequestError
 from model.steps import StepModel
 from serve.batcher import Batcher, Counts
-from serve.errors import FAILED, STOPPING, EngineFailedError, ExpiredError, QueueFullError, ShuttingDownError
+from serve.errors import FAILED, STOPPING, EngineFailedError, ShuttingDownError
 from serve.jobs import EngineLimits, Job, Ticket
+from serve.waiting import Waiting
 
 log = logging.getLogger(__name__)
-
-FORGETTING = 0.2
-"""Weight of the newest observation in what is known of the pace."""
-
-LEAST_WAIT, MOST_WAIT = 0.05, 30.0
-"""Seconds that a caller is advised to wait at least and at most."""
-
-UNKNOWN_WAIT = 1.0
-"""Seconds, where the pace is not known yet."""
-
-
-class Outflow:
-    """How fast a queue empties: advice to those who find it full."""
-
-    def __init__(self) -> None:
-        self._pace, self._since = 0.0, time.monotonic()
-
-    def began(self) -> None:
-        """The queue is no longer empty."""
-        self._since = time.monotonic()
-
-    def took(self, count: int) -> None:
-        """So many have left the queue since it began or the last time that any did."""
-        if not count:
-            return
-        now = time.monotonic()
-        pace = (now - self._since) / count
-        self._pace = pace if not self._pace else FORGETTING * pace + (1 - FORGETTING) * self._pace
-        self._since = now
-
-    def seconds(self, count: float) -> float:
-        """How long it takes until so many more have left."""
-        return min(MOST_WAIT, max(LEAST_WAIT, count * self._pace)) if self._pace else UNKNOWN_WAIT
 
 
 class Engine:
@@ -64,12 +31,11 @@ class Engine:
     def __init__(
         self, model: StepModel, limits: EngineLimits | None = None, shortlist: StepModel | None = None
     ) -> None:
-        self._limits = limits or EngineLimits()
+        chosen = limits or EngineLimits()
         self._vocabulary = model.vocabulary
         self._has_shortlist = shortlist is not None
-        self._batcher = Batcher(model, self._limits, shortlist)
-        self._queue: deque[Ticket] = deque()
-        self._outflow = Outflow()
+        self._batcher = Batcher(model, chosen, shortlist)
+        self._queue = Waiting(chosen)
         self._entered: float | None = None
         self._given_up = False
         self._joining: list[Ticket] = []
@@ -82,6 +48,16 @@ class Engine:
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._queue)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of source and target that they can come to keep."""
+        return self._queue.tokens
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of them."""
+        return self._queue.bytes
 
     @property
     def rows(self) -> int:
@@ -113,8 +89,7 @@ class Engine:
         """Take nothing more, and fail all that waits or is under way: for one that is dead or does not come back."""
         self._given_up = True
         with self._changed:
-            left = [*self._queue, *self._joining, *self._batcher.tickets]
-            self._queue.clear()
+            left = [*self._queue.clear(), *self._joining, *self._batcher.tickets]
         for ticket in left:
             ticket.fail(EngineFailedError(FAILED))
 
@@ -124,7 +99,8 @@ class Engine:
         Raises:
             InvalidRequestError: its options name an id that the vocabulary does not have; or it asks for a shortlist
                 where there is none, or one that does not go with the rest.
-            QueueFullError: too many are waiting.
+            QueueFullError: too much waits.
+            ExpiredError: its deadline has passed, or would before its turn came.
             ShuttingDownError: the engine takes no more.
             EngineFailedError: the engine has died or was given up.
         """
@@ -136,16 +112,7 @@ class Engine:
                 raise ShuttingDownError(STOPPING)
             if not self.alive:
                 raise EngineFailedError(FAILED)
-            if len(self._queue) >= self._limits.queue:
-                self._drop_unwanted()
-            if len(self._queue) >= self._limits.queue:
-                raise QueueFullError(
-                    f"{len(self._queue)} requests are waiting, the limit is {self._limits.queue}: retry later",
-                    self._outflow.seconds(len(self._queue) / 2),
-                )
-            if not self._queue:
-                self._outflow.began()
-            self._queue.append(ticket)
+            self._queue.add(ticket)
             self._changed.notify()
         return ticket
 
@@ -186,26 +153,20 @@ class Engine:
             self._batcher.step()
 
     def _take(self) -> list[Ticket]:
-        """What can join now, in order of arrival: nothing while others run and none fits, or when all is done."""
+        """What can join now, in turn: nothing while others run and none fits, or when all is done."""
         with self._changed:
-            self._drop_unwanted()
+            self._queue.drop_unwanted()
             while not (self._queue or self._batcher.busy or self._stopping):
                 self._changed.wait()
-                self._drop_unwanted()
+                self._queue.drop_unwanted()
             chosen = self._joining = list[Ticket]()
-            while self._queue and self._goes_with(chosen, self._queue[0]):
-                chosen.append(self._queue.popleft())
-                chosen[-1].begin()
-            self._outflow.took(len(chosen))
+            while (ticket := self._queue.first()) is not None and self._goes_with(chosen, ticket):
+                chosen.append(self._queue.take())
+                ticket.begin()
+            self._queue.took(len(chosen))
             return chosen
 
     def _goes_with(self, chosen: list[Ticket], ticket: Ticket) -> bool:
-        # Whoever came first goes first, even where a smaller one behind would fit: nobody waits for ever.
+        # Whose turn it is, goes first, even where a smaller one behind would fit: nobody waits for ever.
         alike = not chosen or (chosen[0].job.target is None) == (ticket.job.target is None)
         return alike and self._batcher.fits(chosen, ticket)
-
-    def _drop_unwanted(self) -> None:
-        expired = [ticket for ticket in self._queue if ticket.expired]
-        for ticket in expired:
-            ticket.fail(ExpiredError("the deadline passed before the request's turn came"))
-        self._queue = deque(ticket for ticket in self._queue if not (ticket.cancelled or ticket in expired))

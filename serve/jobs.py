@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -15,12 +16,24 @@ from model.hypotheses import Hypothesis, Node
 from model.options import SearchOptions
 from model.steps import NO_FAMILIES, Family
 
+PATIENCE = 30.0
+"""Seconds within which a job without a deadline is due: it waits for more urgent ones, but not for ever."""
+
 Settled = Callable[["Decoded", Sequence[Node]], None]
 
 
 def deadline_in(seconds: float | None) -> float | None:
     """The deadline of a job whose caller waits for so many seconds from now; None where it waits for ever."""
     return None if seconds is None else time.monotonic() + seconds
+
+
+class Caller(NamedTuple):
+    """Who asks."""
+
+    client: str
+    """As in `Job`."""
+    deadline: float | None
+    """As in `Job`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ class Job:
         target: ids to score instead of searching, the end token last.
         attention: families to return.
         deadline: second of `time.monotonic` after which nobody wants the answer any more.
+        client: whose it is; the queue is fair between clients.
+        size: bytes that the request takes while it waits.
         on_settled: called from the engine's thread after each step with all tokens that are certain by then.
     """
 
@@ -56,6 +71,8 @@ class Job:
     target: list[int] | None = None
     attention: frozenset[Family] = NO_FAMILIES
     deadline: float | None = None
+    client: str = ""
+    size: int = 0
     on_settled: Settled | None = None
 
     @property
@@ -83,6 +100,12 @@ class EngineLimits:
 
     queue: int = 1024
     """Most requests waiting; one more is refused."""
+    client_queue: int | None = None
+    """Most requests waiting of one client; by default seven eighths of all, so that none can keep the others out."""
+    queue_tokens: int = 4 * 1024 * 1024
+    """Most tokens of source and target that all waiting requests can come to keep, counted as in `tokens`."""
+    queue_bytes: int = 64 * 1024 * 1024
+    """Most bytes of waiting requests. Of tokens or bytes, a single request may have more where no other waits."""
     rows: int = 64
     """Most rows (sentences times beams) decoded together."""
     encode_tokens: int = 2048
@@ -96,6 +119,11 @@ class EngineLimits:
     that grow beyond it keep what they have, but no more are let in; a single request may have more."""
     call_seconds: float = 0.004
     """Several steps are taken in one call as long as it ends in this time; joining and leaving wait for it."""
+
+    @property
+    def waiting_of_a_client(self) -> int:
+        """Most requests waiting of one client."""
+        return math.ceil(7 / 8 * self.queue) if self.client_queue is None else self.client_queue
 
     def __post_init__(self) -> None:
         if math.isnan(self.call_seconds):
@@ -145,6 +173,16 @@ class Ticket:
     def expired(self) -> bool:
         """Its deadline has passed."""
         return self.job.deadline is not None and time.monotonic() >= self.job.deadline
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until its deadline; None where it has none."""
+        return None if self.job.deadline is None else self.job.deadline - time.monotonic()
+
+    @property
+    def due(self) -> float:
+        """Second of `time.monotonic` by which it should have had its turn."""
+        return self._arrived + PATIENCE if self.job.deadline is None else self.job.deadline
 
     @property
     def timings(self) -> Timings:

@@ -70,6 +70,8 @@ class ServerOptions:
     """Seconds that calls in flight have to finish when stopping."""
     limits: EngineLimits = field(default_factory=EngineLimits)
     """What the engine takes on at a time."""
+    client_header: str | None = None
+    """Metadata key that tells clients apart, where a proxy sets it; without it, the address that a call came from."""
     metrics_port: int | None = None
     """Port for Prometheus' scrapes, on the same host; 0 takes a free one, None none at all."""
     watchdog: float = 60.0
@@ -259,7 +261,7 @@ async def create_server(model: ServedModel, options: ServerOptions) -> Server:
     server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
     engine = Engine(model.steps, options.limits, model.shortlist)
     _observe(metrics, engine, calls, options.limits)
-    service = LimelightService(model, engine, calls.stopping, metrics)
+    service = LimelightService(model, engine, calls.stopping, metrics, options.client_header)
     limelight_pb2_grpc.add_LimelightServiceServicer_to_server(service, server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -290,6 +292,10 @@ def _listen(server: grpc.aio.Server, options: ServerOptions) -> int:
 def _observe(metrics: Metrics, engine: Engine, calls: Calls, limits: EngineLimits) -> None:
     metrics.gauge("queue_length", "Requests waiting in the engine's queue.", lambda: engine.waiting)
     metrics.gauge("queue_limit", "Most of them; one more is refused.", lambda: limits.queue)
+    metrics.gauge("queue_tokens", "Tokens that these can come to keep.", lambda: engine.waiting_tokens)
+    metrics.gauge("queue_tokens_limit", "Most of them.", lambda: limits.queue_tokens)
+    metrics.gauge("queue_bytes", "Bytes of the requests that wait.", lambda: engine.waiting_bytes)
+    metrics.gauge("queue_bytes_limit", "Most of them.", lambda: limits.queue_bytes)
     metrics.gauge("rows", "Rows (sentences times beams) under way.", lambda: engine.rows)
     metrics.gauge("rows_limit", "Most of them.", lambda: limits.rows)
     metrics.gauge("calls_in_flight", "Calls being answered.", lambda: calls.in_flight)

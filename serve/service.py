@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -30,7 +30,7 @@ from serve.convert import (
 )
 from serve.engine import Engine
 from serve.errors import ModelNotFoundError
-from serve.jobs import Decoded, Ticket, deadline_in
+from serve.jobs import Caller, Decoded, Ticket, deadline_in
 from serve.many import answer_many
 from serve.metrics import Metrics
 from serve.pb.limelight.v1 import limelight_pb2 as pb
@@ -48,10 +48,19 @@ class LimelightService(rpc.LimelightServiceServicer):
         engine: what decodes for it.
         stopping: set when the server takes nothing new any more.
         metrics: told of answers.
+        client_header: metadata key that names the client; without it, it is the address that a call came from.
     """
 
-    def __init__(self, model: ServedModel, engine: Engine, stopping: asyncio.Event, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        engine: Engine,
+        stopping: asyncio.Event,
+        metrics: Metrics,
+        client_header: str | None = None,
+    ) -> None:
         self._model, self._engine, self._stopping, self._metrics = model, engine, stopping, metrics
+        self._client_header = client_header
         self._version = pb.ModelVersion(name=model.manifest.name, version=model.manifest.version)
         # Tokenising and packing take time in proportion to the text: not on the event loop.
         self._pool = ThreadPoolExecutor(2, "limelight-convert")
@@ -60,7 +69,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> pb.GenerateResponse:
         """See limelight.proto."""
-        return await self._generate(request, deadline_in(context.time_remaining()))
+        return await self._generate(request, self._caller(context))
 
     async def GenerateMany(
         self,
@@ -68,10 +77,10 @@ class LimelightService(rpc.LimelightServiceServicer):
         context: grpc.aio.ServicerContext[pb.GenerateManyRequest, pb.GenerateManyResponse],
     ) -> AsyncIterator[pb.GenerateManyResponse]:
         """See limelight.proto."""
-        deadline = deadline_in(context.time_remaining())
+        caller = self._caller(context)
         answers = answer_many(
             request_iterator,
-            lambda request: self._generate(request, deadline),
+            lambda request: self._generate(request, caller),
             self._stopping,
             self._metrics.item_ended,
         )
@@ -87,8 +96,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         before, first = time.monotonic(), True
         asked = await self._off_loop(lambda: self._understand(request))
         stream = TokenStream(self._model, asked, self._version, self._off_loop)
-        job = asked.job(deadline_in(context.time_remaining()), on_settled=stream.on_settled)
-        ticket = self._engine.submit(job)
+        ticket = self._engine.submit(asked.job(self._caller(context), on_settled=stream.on_settled))
         try:
             async for event in stream.events(ticket):
                 if event.HasField("token"):
@@ -104,7 +112,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         asked, target = await self._off_loop(lambda: self._understand_pair(request))
         ids = [token.id for token in target]
-        ticket = self._engine.submit(asked.job(deadline_in(context.time_remaining()), target=ids))
+        ticket = self._engine.submit(asked.job(self._caller(context), target=ids))
         decoded = await self._result(ticket)
         return await self._off_loop(lambda: self._scored(asked, request.target, decoded, ticket))
 
@@ -129,9 +137,12 @@ class LimelightService(rpc.LimelightServiceServicer):
         )
         return pb.ListModelsResponse(models=[summary])
 
-    async def _generate(self, request: pb.GenerateRequest, deadline: float | None) -> pb.GenerateResponse:
+    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+        return Caller(client_of(context, self._client_header), deadline_in(context.time_remaining()))
+
+    async def _generate(self, request: pb.GenerateRequest, caller: Caller) -> pb.GenerateResponse:
         asked = await self._off_loop(lambda: self._understand(request))
-        ticket = self._engine.submit(asked.job(deadline))
+        ticket = self._engine.submit(asked.job(caller))
         decoded = await self._result(ticket)
         return await self._off_loop(lambda: self._answer(asked, decoded, ticket))
 
@@ -167,7 +178,7 @@ class LimelightService(rpc.LimelightServiceServicer):
         self._check_name(request.model)
         manifest = self._model.manifest
         source = encode_text("source", request.source, self._model.source, manifest.limits.longest_source)
-        asked = Asked(source, options, attention_wanted(request.attention, manifest))
+        asked = Asked(source, options, attention_wanted(request.attention, manifest), size=request.ByteSize())
         asked.check_encoder_attention()
         return asked
 
@@ -196,6 +207,12 @@ class LimelightService(rpc.LimelightServiceServicer):
             hypothesis=hypothesis,
             timings=timings_message(ticket),
         )
+
+
+def client_of(context: grpc.aio.ServicerContext[Any, Any], header: str | None) -> str:
+    """Whose call it is: as a header of it says, or else the address that it came from, without the port."""
+    named = dict(context.invocation_metadata() or ()).get(header) if header else None
+    return context.peer().rpartition(":")[0] if named is None else f"{header}:{named!s}"
 
 
 def describe_model(model: ServedModel) -> pb.GetModelResponse:

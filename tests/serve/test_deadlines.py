@@ -56,7 +56,7 @@ def test_a_deadline_is_a_time_of_the_clock(clock: Clock, now: float, expired: bo
 
 
 @pytest.mark.parametrize("target", [None, SHORT], ids=["search", "score"])
-def test_a_job_that_expires_leaves_the_queue(
+def test_fault_25_a_job_that_expires_leaves_the_queue(
     make_engine: MakeEngine, steps: Gated, clock: Clock, target: list[int] | None
 ) -> None:
     engine = make_engine()
@@ -70,11 +70,14 @@ def test_a_job_that_expires_leaves_the_queue(
     assert steps.batches == [1, 2]
 
 
-def test_a_job_that_was_late_from_the_start_is_not_begun(make_engine: MakeEngine, steps: Gated, clock: Clock) -> None:
+def test_fault_24_a_job_that_was_late_from_the_start_is_refused(
+    make_engine: MakeEngine, steps: Gated, clock: Clock
+) -> None:
     clock.now = 10.0
     steps.open()
     engine = make_engine()
-    assert_expired(engine.submit(job(LONG, deadline=10.0)), IN_QUEUE)
+    with pytest.raises(ExpiredError, match=f"^{IN_QUEUE}$"):
+        engine.submit(job(LONG, deadline=10.0))
     assert tokens(engine.submit(job(SHORT, deadline=10.5))) == SHORT
     assert steps.batches == [1]
 
@@ -93,7 +96,7 @@ def test_an_expired_job_gives_its_place_in_the_queue_back(make_engine: MakeEngin
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
-def test_a_job_that_expires_leaves_its_batch_at_the_next_step(
+def test_fault_26_a_job_that_expires_leaves_its_batch_at_the_next_step(
     make_engine: MakeEngine, steps: Gated, clock: Clock, beam_size: int
 ) -> None:
     engine = make_engine()

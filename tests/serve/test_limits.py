@@ -14,7 +14,17 @@ from serve.cli import app
 from serve.jobs import EngineLimits
 from serve.server import ServerOptions
 
-SET = {"queue": 3, "rows": 5, "encode_tokens": 7, "tokens": 11, "attention": 13, "call_seconds": 0.5}
+SET = {
+    "queue": 3,
+    "client_queue": 2,
+    "queue_tokens": 17,
+    "queue_bytes": 19,
+    "rows": 5,
+    "encode_tokens": 7,
+    "tokens": 11,
+    "attention": 13,
+    "call_seconds": 0.5,
+}
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> EngineLimits:

@@ -132,14 +132,18 @@ def test_what_answers_under_way_have_grown_to_is_counted(make_engine: MakeEngine
     assert steps.rows == [1] * 14  # 64 weights and 4 are over the limit: one after the other
 
 
-def test_a_full_queue_refuses(make_engine: MakeEngine, steps: Gated) -> None:
-    engine = make_engine(queue=2)
+def test_fault_21_a_full_queue_refuses_exactly_what_is_too_much(make_engine: MakeEngine, steps: Gated) -> None:
+    engine = make_engine(queue=8)
     occupied(engine, steps)
-    waiting = [engine.submit(job(SHORT)), engine.submit(job(SHORT))]
-    with pytest.raises(QueueFullError, match=r"^2 requests are waiting, the limit is 2: retry later$"):
-        engine.submit(job(SHORT))
+    clients = [str(number % 3) for number in range(8)]
+    waiting = [engine.submit(job(SHORT, client=client)) for client in clients]
+    for client in (*clients, "another"):
+        with pytest.raises(QueueFullError, match=r"^8 requests are waiting, the limit is 8: retry later$") as caught:
+            engine.submit(job(SHORT, client=client))
+        assert caught.value.retry_after > 0
     steps.open()
-    assert [tokens(ticket) for ticket in waiting] == [SHORT, SHORT]
+    assert [tokens(ticket) for ticket in waiting] == [SHORT] * 8
+    assert steps.batches == [1, 8]
 
 
 def test_a_cancelled_job_gives_its_place_in_the_queue_back(make_engine: MakeEngine, steps: Gated) -> None:
@@ -155,7 +159,7 @@ def test_a_cancelled_job_gives_its_place_in_the_queue_back(make_engine: MakeEngi
     assert steps.batches == [1, 2]
 
 
-def test_a_cancelled_job_leaves_its_batch_at_the_next_step(make_engine: MakeEngine, steps: Gated) -> None:
+def test_fault_27_a_cancelled_job_leaves_its_batch_at_the_next_step(make_engine: MakeEngine, steps: Gated) -> None:
     engine = make_engine()
     occupied(engine, steps)
     given_up, mate = engine.submit(job(LONG, beam_size=2)), engine.submit(job(MIDDLE, beam_size=2))

@@ -12,7 +12,6 @@ from export.manifest import BundleError
 from model.errors import InvalidRequestError
 from serve.bundle import ServedModel
 from serve.client import Client, ServerError
-from serve.engine import LEAST_WAIT, MOST_WAIT, UNKNOWN_WAIT, Outflow
 from serve.errors import (
     OUTCOMES,
     EngineError,
@@ -26,6 +25,7 @@ from serve.errors import (
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.status import DETAILS_KEY, LONGEST_MESSAGE, PUSHBACK_KEY, refusal
+from serve.waiting import LEAST_WAIT, MOST_WAIT, UNKNOWN_WAIT, Outflow
 from tests.serve.jobs import SHORT, job, tokens
 from tests.serve.running import PATIENCE, Running, generate, serving
 from tests.serve.steps import Echo, Gated
@@ -106,7 +106,7 @@ def test_a_field_of_the_request_itself_is_not_looked_for_deeper(running: Running
     assert details(error)["ErrorInfo"].metadata["field"] == "length_penalty"
 
 
-def test_who_finds_the_queue_full_is_told_when_to_come_back(served: ServedModel) -> None:
+def test_fault_21_who_finds_the_queue_full_is_told_when_to_come_back(served: ServedModel) -> None:
     steps = Gated(Echo())
     with serving(dataclasses.replace(served, steps=steps), EngineLimits(queue=1)) as running:
         first = generate(running.stub)
@@ -136,21 +136,22 @@ def test_the_client_tells_the_field(running: Running) -> None:
 
 def test_advice_follows_the_pace_at_which_the_queue_empties(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("serve.engine.time.monotonic", lambda: now)
+    monkeypatch.setattr("serve.waiting.time.monotonic", lambda: now)
     outflow = Outflow()
-    assert outflow.seconds(10) == UNKNOWN_WAIT
+    assert (outflow.advice(10), outflow.expected(10)) == (UNKNOWN_WAIT, 0.0)
     now += 1000.0
     outflow.began()
     now += 1.0
     outflow.took(10)
-    assert outflow.seconds(10) == pytest.approx(1.0)
+    assert outflow.advice(10) == pytest.approx(1.0)
     for _ in range(50):
         now += 1.0
         outflow.took(0)
         now += 1.0
         outflow.took(4)
-    assert outflow.seconds(10) == pytest.approx(5.0, rel=1e-3)
-    assert (outflow.seconds(0.01), outflow.seconds(1e6)) == (LEAST_WAIT, MOST_WAIT)
+    assert outflow.advice(10) == pytest.approx(5.0, rel=1e-3)
+    assert (outflow.advice(0.01), outflow.advice(1e6)) == (LEAST_WAIT, MOST_WAIT)
+    assert outflow.expected(1e6) == pytest.approx(5e5, rel=1e-3)
 
 
 def test_a_long_message_is_cut_before_metadata_overflow(running: Running) -> None:

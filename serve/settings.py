@@ -1,0 +1,153 @@
+"""What `limelight serve` can be told, in one schema: by flags, by the environment, or in a TOML file, in this order.
+
+A field here is a flag (`--queue-tokens`), a variable (`LIMELIGHT_SERVE_QUEUE_TOKENS`) and a key (`queue_tokens`). What
+none of them sets is as this file has it; what is unknown in any of them is refused.
+"""
+
+import difflib
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from annotated_types import Ge, Le
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from model.config import Frozen, describe
+from model.errors import ConfigError
+from serve.jobs import EngineLimits
+from serve.server import ServerOptions
+
+PREFIX = "LIMELIGHT_SERVE_"
+"""Of the variables."""
+
+SHORT = {"port": "-p"}
+"""Flags that have a short form too."""
+
+LIMITS = EngineLimits()
+
+
+class Settings(Frozen):
+    """All of it. A docstring is what `--help` says."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every network."""
+    port: int = Field(default=50051, ge=0, le=65535)
+    """Port; 0 takes a free one."""
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    """What computes; auto takes CUDA where there is a device."""
+    precision: Literal["fp32", "int8", "fp16"] | None = None
+    """Of the weights; by default fp16 on CUDA if the bundle has it (export --fp16), else fp32."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads that compute; by default as affinity and quota allow."""
+    queue: int = Field(default=LIMITS.queue, ge=1)
+    """Most requests waiting; one more is refused."""
+    client_queue: int | None = Field(default=LIMITS.client_queue, ge=1)
+    """Most of them of one client; by default seven eighths of the queue."""
+    client_header: str | None = None
+    """Metadata key that tells clients apart, set by your proxy; by default it is the address."""
+    queue_tokens: int = Field(default=LIMITS.queue_tokens, ge=1)
+    """Most tokens that requests waiting can come to keep."""
+    queue_bytes: int = Field(default=LIMITS.queue_bytes, ge=1)
+    """Most bytes of requests waiting."""
+    rows: int = Field(default=LIMITS.rows, ge=1)
+    """Most rows (sentences times beams) decoded together."""
+    encode_tokens: int = Field(default=LIMITS.encode_tokens, ge=1)
+    """Most padded source tokens read between two decoder steps."""
+    tokens: int = Field(default=LIMITS.tokens, ge=1)
+    """Most tokens, over all rows, that keys and values are kept of."""
+    attention: int = Field(default=LIMITS.attention, ge=1)
+    """Most weights of one attention head kept for answers under way."""
+    call_seconds: float = Field(default=LIMITS.call_seconds, ge=0, allow_inf_nan=False)
+    """Several steps go into one call that ends in this time; 0 takes single steps."""
+    grace: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """Seconds that calls in flight have when stopping."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port for Prometheus' scrapes, on the same host; none if left out."""
+    watchdog: float = Field(default=60.0, ge=0.1, allow_inf_nan=False)
+    """Seconds that one computation may take; then the server fails and ends."""
+    port_file: Path | None = None
+    """Write the port here once the server answers; for scripts using port 0."""
+
+    @property
+    def options(self) -> ServerOptions:
+        """Where and how to serve."""
+        return ServerOptions(
+            host=self.host,
+            port=self.port,
+            grace=self.grace,
+            limits=EngineLimits(**{field.name: getattr(self, field.name) for field in fields(EngineLimits)}),
+            client_header=self.client_header,
+            metrics_port=self.metrics_port,
+            watchdog=self.watchdog,
+        )
+
+
+def read_settings(file: Path | None, given: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    """Put them together.
+
+    Args:
+        file: TOML file, if there is one.
+        given: by flags or variables, which typer has read already; None where neither is.
+        environment: all variables: those of the prefix must be known.
+
+    Raises:
+        ConfigError: naming the file or variable, and what is wrong with it.
+    """
+    known = Settings.model_fields.keys()
+    for variable in environment:
+        name = variable.removeprefix(PREFIX)
+        if name != variable and name.lower() not in known | {"config"}:
+            raise ConfigError(f"{variable}: there is no such setting{_meant(name.lower(), PREFIX, str.upper)}")
+    values = {} if file is None else _read(file)
+    for name in values.keys() - known:
+        raise ConfigError(f"{file}: {name}: there is no such setting{_meant(name)}")
+    try:
+        return Settings(**values | {name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {describe(error)}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: is no TOML: {error}") from None
+
+
+def _meant(name: str, prefix: str = "", case: Callable[[str], str] = str) -> str:
+    near = difflib.get_close_matches(name, Settings.model_fields, 1)
+    return f"; {prefix}{case(near[0])} is meant?" if near else ""
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Let typer find all settings among a command's parameters, in place of its `**given`."""
+    signature = inspect.signature(command)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name, field))
+        for name, field in Settings.model_fields.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+    command.__annotations__ |= {flag.name: flag.annotation for flag in flags}
+    return command
+
+
+def _flag(name: str, field: FieldInfo) -> Any:
+    kind: Any = field.annotation
+    bounds = {type(bound): bound for bound in field.metadata}
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        *([SHORT[name]] if name in SHORT else []),
+        envvar=f"{PREFIX}{name.upper()}",
+        show_envvar=False,
+        help=field.description,
+        show_default=False if field.default is None else str(field.default),
+        min=bounds[Ge].ge if Ge in bounds else None,
+        max=bounds[Le].le if Le in bounds else None,
+    )
+    return Annotated[kind | None, option]

@@ -1,0 +1,209 @@
+"""Those who wait for the engine: a bounded queue, the most urgent first, fair between clients.
+
+Who is next: of the clients that wait, the one that has had least so far, in tokens, counted from when it came back
+(start-time fair queueing, Goyal et al. 1996); of those that had alike, and within one client, the earliest deadline.
+So one client alone, or many that ask for as much, are served by deadline; one that asks for more waits for the others.
+"""
+
+import heapq
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from serve.errors import ExpiredError, QueueFullError
+from serve.jobs import EngineLimits, Ticket
+
+FORGETTING = 0.2
+"""Weight of the newest observation in what is known of the pace."""
+
+LEAST_WAIT, MOST_WAIT = 0.05, 30.0
+"""Seconds that a caller is advised to wait at least and at most."""
+
+UNKNOWN_WAIT = 1.0
+"""Seconds, where the pace is not known yet."""
+
+REMEMBERED = 4096
+"""Clients that nothing waits of, of which is known how much they have had."""
+
+DROPPED = "the deadline passed before the request's turn came"
+"""What is said of those that expired in the queue."""
+
+
+class Outflow:
+    """How fast a queue empties: advice to those who find it full, and what to expect for the others."""
+
+    def __init__(self) -> None:
+        self._pace, self._since = 0.0, time.monotonic()
+
+    def began(self) -> None:
+        """The queue is no longer empty."""
+        self._since = time.monotonic()
+
+    def took(self, count: int) -> None:
+        """So many have left the queue since it began or the last time that any did."""
+        if not count:
+            return
+        now = time.monotonic()
+        pace = (now - self._since) / count
+        self._pace = pace if not self._pace else FORGETTING * pace + (1 - FORGETTING) * self._pace
+        self._since = now
+
+    def expected(self, count: float) -> float:
+        """Seconds until so many more have left; 0 where that is not known."""
+        return count * self._pace
+
+    def advice(self, count: float) -> float:
+        """The same for who is to try again: never 0, and never very long."""
+        return min(MOST_WAIT, max(LEAST_WAIT, self.expected(count))) if self._pace else UNKNOWN_WAIT
+
+
+@dataclass(eq=False)
+class _Client:
+    """What waits of one client, the most urgent first."""
+
+    start: float = 0.0
+    """Tokens that it has had, on the scale of all: whoever has least is next."""
+    heap: list[tuple[float, int, Ticket]] = field(default_factory=list)
+    """When each is due, a number to tell them apart, the ticket."""
+
+
+class Waiting:
+    """The queue. It is no thread's own: whoever uses it holds a lock.
+
+    Args:
+        limits: what may wait.
+
+    Attributes:
+        tokens: that all which wait can come to keep.
+        bytes: that their requests take.
+    """
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self._limits = limits
+        self._clients: dict[str, _Client] = {}
+        self._numbers = itertools.count()
+        self._outflow = Outflow()
+        self._now = 0.0
+        self._count = 0
+        self.tokens, self.bytes = 0, 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, ticket: Ticket) -> None:
+        """Let one in.
+
+        Raises:
+            QueueFullError: too much waits, or too much of this client.
+            ExpiredError: its deadline has passed, or would before its turn came.
+        """
+        if self._over(ticket) is not None:
+            self.drop_unwanted()
+        if (refusal := self._over(ticket)) is not None:
+            raise QueueFullError(f"{refusal}: retry later", self._outflow.advice(self._count / 2))
+        self._check_deadline(ticket)
+        if not self._count:
+            self._outflow.began()
+        client = self._clients.setdefault(ticket.job.client, _Client())
+        if not client.heap:
+            client.start = max(client.start, self._now)
+        heapq.heappush(client.heap, (ticket.due, next(self._numbers), ticket))
+        self._counted(ticket, 1)
+
+    def first(self) -> Ticket | None:
+        """Whose turn it is; None where nobody waits."""
+        client = self._next()
+        return None if client is None else client.heap[0][-1]
+
+    def take(self) -> Ticket:
+        """Let the first one out."""
+        client = self._next()
+        if client is None:
+            raise IndexError("nobody waits")
+        _, _, ticket = heapq.heappop(client.heap)
+        self._now = client.start
+        client.start += ticket.job.tokens
+        self._counted(ticket, -1)
+        return ticket
+
+    def took(self, count: int) -> None:
+        """So many were taken together."""
+        self._outflow.took(count)
+        if len(self._clients) > REMEMBERED:
+            self._clients = {name: client for name, client in self._clients.items() if client.heap}
+
+    def drop_unwanted(self) -> None:
+        """Take out what nobody waits for any more; those whose deadline has passed are told."""
+        for client in self._clients.values():
+            kept = [entry for entry in client.heap if not self._dropped(entry[-1])]
+            if len(kept) < len(client.heap):
+                heapq.heapify(kept)
+                client.heap = kept
+
+    def clear(self) -> list[Ticket]:
+        """Take all out."""
+        left = [ticket for client in self._clients.values() for _, _, ticket in client.heap]
+        self._clients.clear()
+        self._count = self.tokens = self.bytes = 0
+        return left
+
+    def _dropped(self, ticket: Ticket) -> bool:
+        expired = ticket.expired
+        if not (ticket.cancelled or expired):
+            return False
+        self._counted(ticket, -1)
+        if expired:
+            ticket.fail(ExpiredError(DROPPED))  # unless it was given up before
+        return True
+
+    def _next(self) -> _Client | None:
+        waiting = (client for client in self._clients.values() if client.heap)
+        return min(waiting, key=lambda client: (client.start, client.heap[0][:2]), default=None)
+
+    def _counted(self, ticket: Ticket, sign: int) -> None:
+        self._count += sign
+        self.tokens += sign * ticket.job.tokens
+        self.bytes += sign * ticket.job.size
+
+    def _over(self, ticket: Ticket) -> str | None:
+        """Which limit it would go beyond, in words. What is over one by itself can wait where nobody else does."""
+        limits, job = self._limits, ticket.job
+        if not self._count:
+            return None
+        if self._count >= limits.queue:
+            return f"{self._count} requests are waiting, the limit is {limits.queue}"
+        client = self._clients.get(job.client)
+        if client is not None and len(client.heap) >= limits.waiting_of_a_client:
+            return f"{len(client.heap)} requests of this client are waiting, the limit is {limits.waiting_of_a_client}"
+        if self.tokens + job.tokens > limits.queue_tokens:
+            return f"requests of {self.tokens} tokens are waiting, the limit is {limits.queue_tokens}"
+        if self.bytes + job.size > limits.queue_bytes:
+            return f"requests of {self.bytes} bytes are waiting, the limit is {limits.queue_bytes}"
+        return None
+
+    def _check_deadline(self, ticket: Ticket) -> None:
+        if ticket.expired:
+            raise ExpiredError(DROPPED)
+        left = ticket.left
+        if left is None or self._outflow.expected(self._count) < left:
+            return
+        wait = self._outflow.expected(self._ahead(ticket))
+        if wait >= left:
+            raise ExpiredError(
+                f"the deadline would pass before the request's turn comes: that takes about {wait:.3g} s, "
+                f"and {left:.3g} s are left"
+            )
+
+    def _ahead(self, ticket: Ticket) -> int:
+        """How many go first, as far as can be told: of each client as many as of this one."""
+        clients = [client for client in self._clients.values() if client.heap]
+        own = self._clients.get(ticket.job.client)
+        before = _earlier(ticket, own.heap) if own is not None else 0
+        if own not in clients:
+            return min(self._count, sum(_earlier(ticket, client.heap[:1]) for client in clients))
+        return min(self._count, (before + 1) * len(clients) - 1)
+
+
+def _earlier(ticket: Ticket, heap: Iterable[tuple[float, int, Ticket]]) -> int:
+    return sum(due <= ticket.due for due, _, _ in heap)

@@ -1,0 +1,167 @@
+"""One schema: a setting is a flag, a variable and a key of a file, in this order; what is unknown is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import serve.commands
+from model.errors import ConfigError
+from serve.cli import app
+from serve.server import ServerOptions
+from serve.settings import PREFIX, Settings
+
+OTHERS: dict[str, Any] = {
+    "host": "127.0.0.9",
+    "port": 4711,
+    "provider": "cpu",
+    "precision": "int8",
+    "threads": 3,
+    "queue": 30,
+    "client_queue": 4,
+    "client_header": "x-client",
+    "queue_tokens": 17,
+    "queue_bytes": 19,
+    "rows": 5,
+    "encode_tokens": 7,
+    "tokens": 11,
+    "attention": 13,
+    "call_seconds": 0.5,
+    "grace": 1.5,
+    "metrics_port": 4712,
+    "watchdog": 2.5,
+    "port_file": "some/file",
+}
+"""Of every setting a value that is not its default."""
+
+
+class Started:
+    """What the command did, without a server."""
+
+    def __init__(self) -> None:
+        self.model: dict[str, Any] = {}
+        self.options: ServerOptions | None = None
+        self.port_file: Path | None = None
+
+    def run(self, *arguments: str, **variables: str) -> Result:
+        return CliRunner().invoke(app, ["serve", "bundle", *arguments], env=variables)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    found = Started()
+
+    def load(bundle: Path, **options: Any) -> SimpleNamespace:
+        found.model = {"bundle": bundle, **options}
+        return SimpleNamespace()
+
+    def run(model: Any, options: ServerOptions, port_file: Path | None) -> None:  # noqa: ARG001
+        found.options, found.port_file = options, port_file
+
+    monkeypatch.setattr(serve.commands, "load_model", load)
+    monkeypatch.setattr(serve.commands, "_run", run)
+    return found
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def as_flags(tmp_path: Path, values: dict[str, Any]) -> tuple[list[str], dict[str, str]]:  # noqa: ARG001
+    return flags(values), {}
+
+
+def as_variables(tmp_path: Path, values: dict[str, Any]) -> tuple[list[str], dict[str, str]]:  # noqa: ARG001
+    return [], {f"{PREFIX}{name.upper()}": str(value) for name, value in values.items()}
+
+
+def as_file(tmp_path: Path, values: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    return [f"--config={write(tmp_path, values)}"], {}
+
+
+def write(folder: Path, values: dict[str, Any]) -> Path:
+    path = folder / "serve.toml"
+    lines = [f"{name} = {value!r}\n" for name, value in values.items()]
+    path.write_text("".join(lines).replace("'", '"'), encoding="utf-8")
+    return path
+
+
+Way = Callable[[Path, dict[str, Any]], tuple[list[str], dict[str, str]]]
+WAYS: list[Way] = [as_flags, as_variables, as_file]
+
+
+def test_every_setting_is_tried_with_something_new() -> None:
+    settings = Settings(**OTHERS)
+    assert OTHERS.keys() == Settings.model_fields.keys()
+    assert [name for name in OTHERS if getattr(settings, name) == getattr(Settings(), name)] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_setting_arrives(started: Started, tmp_path: Path, way: Way) -> None:
+    arguments, variables = way(tmp_path, OTHERS)
+    result = started.run(*arguments, **variables)
+    assert result.exit_code == 0, result.output
+    expected = Settings(**OTHERS)
+    assert started.options == expected.options != Settings().options
+    assert started.port_file == expected.port_file == Path("some/file")
+    assert started.model == {"bundle": Path("bundle"), "provider": "cpu", "precision": "int8", "threads": 3}
+
+
+def test_options_hold_what_was_set() -> None:
+    """By the same names, in the options or among their limits."""
+    options = Settings(**OTHERS).options
+    elsewhere = {"provider", "precision", "threads", "port_file"}
+    found = {name: getattr(options, name, None) or getattr(options.limits, name) for name in OTHERS.keys() - elsewhere}
+    assert found == {name: value for name, value in OTHERS.items() if name not in elsewhere}
+
+
+def test_a_flag_goes_before_a_variable_and_that_before_the_file(started: Started, tmp_path: Path) -> None:
+    file = write(tmp_path, {"queue": 1, "rows": 1, "tokens": 1})
+    variables = {f"{PREFIX}CONFIG": str(file), f"{PREFIX}QUEUE": "2", f"{PREFIX}ROWS": "2"}
+    result = started.run("--queue", "3", **variables)
+    assert result.exit_code == 0, result.output
+    assert started.options is not None
+    limits = started.options.limits
+    assert (limits.queue, limits.rows, limits.tokens, limits.attention) == (3, 2, 1, Settings().attention)
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "no such key": ("queu = 3", "queu: there is no such setting; queue is meant?"),
+    "nothing like it": ("zzz = 3", "zzz: there is no such setting$"),
+    "wrong type": ('queue = "many"', "queue: Input should be a valid integer"),
+    "out of range": ("queue = 0", r"queue: Input should be greater than or equal to 1 \(got 0\)"),
+    "no number": ("grace = nan", "grace: Input should be"),
+    "no TOML": ("queue =", "is no TOML"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_file_is_refused_by_name(started: Started, tmp_path: Path, what: str) -> None:
+    text, message = WRONG[what]
+    file = tmp_path / "serve.toml"
+    file.write_text(text, encoding="utf-8")
+    result = started.run("--config", str(file))
+    assert isinstance(result.exception, ConfigError)
+    with pytest.raises(ConfigError, match=rf"serve\.toml: {message}"):
+        raise result.exception
+    assert started.options is None
+
+
+def test_a_wrong_variable_is_refused_by_name(started: Started) -> None:
+    result = started.run(**{f"{PREFIX}QUEU": "3"})
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == f"{PREFIX}QUEU: there is no such setting; {PREFIX}QUEUE is meant?"
+    result = started.run(**{f"{PREFIX}QUEUE": "many"})
+    assert (result.exit_code, started.options) == (2, None)
+    assert "Invalid value for '--queue'" in result.output
+
+
+def test_help_tells_all(started: Started) -> None:
+    result = started.run("--help", COLUMNS="300")
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in result.output
+        assert field.description
+        assert field.description in result.output

@@ -1,0 +1,285 @@
+"""Who may wait, who is next, and who is told at once that it would be too late."""
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+import serve.jobs
+import serve.waiting
+from model.search import SearchOptions
+from serve.bundle import ServedModel
+from serve.errors import ExpiredError, QueueFullError
+from serve.jobs import PATIENCE, EngineLimits, Job, Ticket
+from serve.pb.limelight.v1 import limelight_pb2 as pb
+from serve.waiting import REMEMBERED, Waiting
+from tests.serve.jobs import SHORT, MakeEngine, job, occupied, tokens
+from tests.serve.running import PATIENCE as PATIENCE_OF_TESTS
+from tests.serve.running import serving
+from tests.serve.steps import Gated
+
+NOW = 1000.0
+
+
+class Times:
+    """What the queue and its tickets take for the time."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Times:
+    times = Times()
+    monkeypatch.setattr(serve.jobs, "time", times)
+    monkeypatch.setattr(serve.waiting, "time", times)
+    return times
+
+
+def ticket(times: Times, *, length: int = 8, **choices: Any) -> Ticket:
+    """One that counts as so many tokens."""
+    made = Ticket(job(SHORT, options=SearchOptions(longest=length - len(SHORT)), **choices))
+    made._arrived = times.now
+    return made
+
+
+def filled(limits: EngineLimits, *tickets: Ticket) -> Waiting:
+    waiting = Waiting(limits)
+    for one in tickets:
+        waiting.add(one)
+    return waiting
+
+
+def emptied(waiting: Waiting) -> list[Ticket]:
+    """All, in turn."""
+    taken = []
+    while waiting:
+        first = waiting.first()
+        taken.append(waiting.take())
+        assert taken[-1] is first
+    return taken
+
+
+def test_the_most_urgent_is_first_and_who_has_no_deadline_is_patient(times: Times) -> None:
+    patient = ticket(times)
+    deadlines = [NOW + 9.0, NOW + 1.0, NOW + PATIENCE + 1.0, NOW + 4.0, NOW + 4.0]
+    late, soon, later, middle, second = (ticket(times, deadline=deadline) for deadline in deadlines)
+    waiting = filled(EngineLimits(), patient, late, soon, later, middle, second)
+    assert emptied(waiting) == [soon, middle, second, late, patient, later]
+    assert (len(waiting), waiting.first(), waiting.tokens) == (0, None, 0)
+    with pytest.raises(IndexError):
+        waiting.take()
+
+
+def test_nobody_waits_for_ever_behind_more_urgent_ones(times: Times) -> None:
+    """Ever new ones that are due in a second: whoever has no deadline has its turn after half a minute."""
+    waiting = Waiting(EngineLimits())
+    patient = ticket(times)
+    waiting.add(patient)
+    waiting.add(ticket(times, deadline=times.now + 1.0))
+    while (taken := waiting.take()) is not patient:
+        assert taken.job.deadline is not None
+        times.now += 0.9
+        waiting.add(ticket(times, deadline=times.now + 1.0))
+    assert times.now == pytest.approx(NOW + PATIENCE, abs=1.0)
+
+
+def test_clients_have_alike_whatever_they_ask_for(times: Times) -> None:
+    """One hands in forty large ones before the other two come: from then on each has as many tokens as the others."""
+    limits = EngineLimits()
+    greedy = [ticket(times, client="greedy", length=100) for _ in range(40)]
+    modest = [ticket(times, client=name, length=25) for name in ("one", "two") for _ in range(40)]
+    waiting = filled(limits, *greedy)
+    for _ in range(10):
+        waiting.take()
+    for one in modest:
+        waiting.add(one)
+    had: Counter[str] = Counter()
+    while min(had.get(name, 0) for name in ("one", "two")) < 40 * 25:
+        taken = waiting.take()
+        had[taken.job.client] += taken.job.tokens
+        assert max(had[name] for name in ("greedy", "one", "two")) - min(had[name] for name in ("one", "two")) <= 125
+    assert {one.job.client for one in emptied(waiting)} == {"greedy"}
+
+
+def test_who_comes_back_has_no_credit(times: Times) -> None:
+    waiting = filled(EngineLimits(), *(ticket(times, client="stays") for _ in range(10)))
+    for _ in range(4):
+        waiting.take()
+    for _ in range(3):
+        waiting.add(ticket(times, client="back"))
+    order = [one.job.client for one in emptied(waiting)]
+    assert order == ["back", "stays", "back", "stays", "back", *["stays"] * 4]
+
+
+def test_who_had_more_waits_even_if_it_was_away(times: Times) -> None:
+    waiting = filled(EngineLimits(), ticket(times, client="large", length=40))
+    waiting.take()
+    small = [ticket(times, client="small", length=10) for _ in range(6)]
+    for one in small:
+        waiting.add(one)
+    again = ticket(times, client="large", length=40, deadline=NOW + 0.1)
+    waiting.add(again)
+    assert emptied(waiting) == [*small[:4], again, *small[4:]]
+
+
+def test_among_clients_that_had_alike_the_most_urgent_is_first(times: Times) -> None:
+    deadlines = [5.0, 3.0, 9.0, 1.0]
+    tickets = [ticket(times, client=str(number), deadline=NOW + after) for number, after in enumerate(deadlines)]
+    assert [one.job.client for one in emptied(filled(EngineLimits(), *tickets))] == ["3", "1", "0", "2"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_counted_is_what_waits(times: Times, seed: int) -> None:
+    """Random arrivals, departures and cancels: nobody is lost or counted twice, and every client is served in turn."""
+    draw = random.Random(seed)
+    waiting, inside, ended = Waiting(EngineLimits(queue=10_000, client_queue=10_000)), set[Ticket](), 0
+    for _ in range(400):
+        action = draw.random()
+        if action < 0.5:
+            deadline = draw.choice([None, times.now + draw.uniform(0.1, 5.0)])
+            one = ticket(
+                times, length=draw.randint(3, 30), client=draw.choice("abc"), deadline=deadline, size=draw.randint(0, 9)
+            )
+            waiting.add(one)
+            inside.add(one)
+        elif action < 0.8 and waiting:
+            inside.remove(waiting.take())
+            ended += 1
+        elif action < 0.9 and inside:
+            draw.choice(sorted(inside, key=id)).cancel()
+        else:
+            times.now += draw.uniform(0.0, 0.5)
+            waiting.drop_unwanted()
+            gone = {one for one in inside if one.cancelled or one.expired}
+            assert all(one.future.done() for one in gone)
+            inside -= gone
+        assert len(waiting) == len(inside)
+        assert waiting.tokens == sum(one.job.tokens for one in inside)
+        assert waiting.bytes == sum(one.job.size for one in inside)
+    assert ended > 50
+    assert set(waiting.clear()) == inside
+    assert (len(waiting), waiting.tokens, waiting.bytes, waiting.first()) == (0, 0, 0, None)
+
+
+OVER: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
+    "requests": ({"queue": 2}, {}, "2 requests are waiting, the limit is 2: retry later"),
+    "tokens": ({"queue_tokens": 20}, {}, "requests of 16 tokens are waiting, the limit is 20: retry later"),
+    "bytes": ({"queue_bytes": 25}, {}, "requests of 20 bytes are waiting, the limit is 25: retry later"),
+    "of a client": ({"client_queue": 2}, {}, "2 requests of this client are waiting, the limit is 2: retry later"),
+}
+
+
+@pytest.mark.parametrize("what", OVER)
+def test_fault_22_what_is_too_much_is_refused_and_what_leaves_makes_room(times: Times, what: str) -> None:
+    limits, choices, message = OVER[what]
+    first, second = (ticket(times, size=10, **choices) for _ in range(2))
+    waiting = filled(EngineLimits(**limits), first, second)
+    with pytest.raises(QueueFullError, match=f"^{message}$"):
+        waiting.add(ticket(times, size=10, **choices))
+    assert len(waiting) == 2
+    second.cancel()
+    third = ticket(times, size=10)
+    waiting.add(third)
+    assert emptied(waiting) == [first, third]
+
+
+@pytest.mark.parametrize("limits", [{"queue_tokens": 1}, {"queue_bytes": 1}], ids=str)
+def test_fault_22_what_is_over_a_limit_by_itself_waits_alone(times: Times, limits: dict[str, int]) -> None:
+    large = ticket(times, size=10)
+    waiting = filled(EngineLimits(**limits), large)
+    with pytest.raises(QueueFullError):
+        waiting.add(ticket(times, size=10))
+    assert emptied(waiting) == [large]
+    waiting.add(ticket(times, size=10))
+
+
+def test_one_client_leaves_an_eighth_of_the_queue_to_the_others(times: Times) -> None:
+    limits = EngineLimits(queue=16)
+    waiting = filled(limits, *(ticket(times, client="greedy") for _ in range(14)))
+    with pytest.raises(QueueFullError, match="14 requests of this client are waiting, the limit is 14"):
+        waiting.add(ticket(times, client="greedy"))
+    for name in ("one", "two"):
+        waiting.add(ticket(times, client=name))
+    with pytest.raises(QueueFullError, match="16 requests are waiting, the limit is 16"):
+        waiting.add(ticket(times, client="three"))
+    limits_of_a_client = [one.waiting_of_a_client for one in (EngineLimits(queue=1), EngineLimits(client_queue=3))]
+    assert limits_of_a_client == [1, 3]
+
+
+def test_fault_24_who_would_be_too_late_is_told_at_once(times: Times) -> None:
+    """Ten leave a second: before ten who are in less of a hurry, half a second is enough for five, and no more."""
+    waiting = filled(EngineLimits(), *(ticket(times, deadline=NOW + 5.0) for _ in range(20)))
+    times.now += 1.0
+    for _ in range(10):
+        waiting.take()
+    waiting.took(10)
+    with pytest.raises(ExpiredError, match=r"^the deadline passed before the request's turn came$"):
+        waiting.add(ticket(times, deadline=times.now))
+    message = r"^the deadline would pass before the request's turn comes: that takes about 0\.5 s, and 0\.5 s are left$"
+    for _ in range(5):
+        waiting.add(ticket(times, deadline=times.now + 0.5))
+    with pytest.raises(ExpiredError, match=message):
+        waiting.add(ticket(times, deadline=times.now + 0.5))
+    waiting.add(ticket(times, deadline=times.now + 0.6))
+    waiting.add(ticket(times, client="another", deadline=times.now + 0.1))  # whose turn it is, as it had nothing so far
+    waiting.add(ticket(times))
+    assert len(waiting) == 18
+
+
+def test_what_clients_had_is_forgotten_in_the_end(times: Times) -> None:
+    waiting = Waiting(EngineLimits())
+    for number in range(REMEMBERED + 10):
+        waiting.add(ticket(times, client=str(number)))
+        waiting.take()
+    waiting.add(ticket(times, client="last"))
+    assert len(waiting._clients) == REMEMBERED + 11
+    waiting.took(1)
+    assert list(waiting._clients) == ["last"]
+
+
+def test_the_engine_serves_clients_in_turn(make_engine: MakeEngine, steps: Gated) -> None:
+    engine = make_engine(rows=1)
+    occupied(engine, steps)
+    tickets = [engine.submit(job(SHORT, client=client)) for client in "aaaabb"]
+    steps.open()
+    assert [tokens(one) for one in tickets] == [SHORT] * 6
+    order = sorted(tickets, key=lambda one: one.timings.queue + one._arrived)
+    assert "".join(one.job.client for one in order) == "ababaa"
+
+
+HEADER = "x-limelight-client"
+
+
+@pytest.mark.parametrize(
+    ("header", "sent", "clients"),
+    [
+        (None, "alice", {"ipv4:127.0.0.1"}),
+        (HEADER, "alice", {f"{HEADER}:alice"}),
+        (HEADER, None, {"ipv4:127.0.0.1"}),
+    ],
+)
+def test_a_client_is_an_address_or_what_a_header_says(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch, header: str | None, sent: str | None, clients: set[str]
+) -> None:
+    with serving(served, client_header=header) as running:
+        engine, seen = running.server._engine, list[Job]()
+        submit = engine.submit
+
+        def told(job: Job) -> Ticket:
+            seen.append(job)
+            return submit(job)
+
+        monkeypatch.setattr(engine, "submit", told)
+        about: Any = {"metadata": () if sent is None else ((HEADER, sent),), "timeout": PATIENCE_OF_TESTS}
+        running.stub.Generate(pb.GenerateRequest(source="abc"), **about)
+        running.stub.Score(pb.ScoreRequest(source="abc", target="cba"), **about)
+        assert list(running.stub.GenerateStream(pb.GenerateStreamRequest(source="abc"), **about))
+        many = pb.GenerateManyRequest(id="one", request=pb.GenerateRequest(source="abc"))
+        assert len(list(running.stub.GenerateMany(iter([many]), **about))) == 1
+    assert {job.client for job in seen} == clients
+    assert [job.size for job in seen] == [5, 10, 5, 5]
