@@ -32,7 +32,7 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-cuda bench-load bench-profile bench-summary wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +114,12 @@ bench-cuda: $(READY) ## Measure CPU and CUDA, float16, and state that stays on t
 
 bench-load: $(READY) $(PEERS) ## Measure the server under load beside CTranslate2 and Triton; table and JSON in bench/results/
 	@$(BIN)/python -m bench.serve_load --json bench/results/load.json $(ARGS)
+
+soak: $(READY) ## Ask a server everything for an hour, and see that nothing is left of it (ARGS='--minutes 3 --leak 4096' must fail)
+	@$(BIN)/python -m bench.soak $(ARGS)
+
+overload: $(READY) ## Ask a server for five times what it can do, and see what it still does
+	@$(BIN)/python -m bench.overload $(ARGS)
 
 bench-summary: $(READY) ## Write the figures in bench/results/ into docs/performance.md
 	@$(BIN)/python -m bench.summary $(ARGS)

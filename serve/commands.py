@@ -3,21 +3,27 @@
 import asyncio
 import logging
 import os
+import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from serve.bundle import ServedModel, load_model
-from serve.server import ServerOptions, serve_until_signal
-from serve.settings import PREFIX, read_settings, with_flags
+from serve.bundle import load_model
+from serve.folder import Load, ModelFolder
+from serve.models import Models
+from serve.server import Server, serve_until_signal
+from serve.settings import PREFIX, Settings, read_settings, with_flags
+
+log = logging.getLogger(__name__)
 
 
 @with_flags
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder, from `limelight export`.")],
+    bundle: Annotated[Path, typer.Argument(help="Bundle from `limelight export`, or a folder of bundles.")],
     config: Annotated[
         Path | None,
         typer.Option(
@@ -26,35 +32,55 @@ def serve(
     ] = None,
     **given: Any,
 ) -> None:
-    """Serve a bundle over gRPC, with health and reflection, until SIGTERM or Ctrl-C; needs no PyTorch.
+    """Serve bundles over gRPC, with health and reflection, until SIGTERM or Ctrl-C; needs no PyTorch.
+
+    SIGHUP, --poll and administrative calls (--admin-port) have the folder looked at again: bundles that are new or have
+    changed are loaded and swapped in without losing a request.
 
     Every option can also be a variable, as LIMELIGHT_SERVE_QUEUE_TOKENS, or a key of the TOML file, as queue_tokens. A
     flag goes before a variable, and that before the file.
     """
     settings = read_settings(config, given, os.environ)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    model = load_model(bundle, provider=settings.provider, precision=settings.precision, threads=settings.threads)
-    _run(model, settings.options, settings.port_file)
+    load = partial(load_model, provider=settings.provider, precision=settings.precision, threads=settings.threads)
+    _run(bundle, load, settings)
 
 
-def _run(model: ServedModel, options: ServerOptions, port_file: Path | None) -> None:
-    def ready(bound: int) -> None:
-        _announce(model, f"{options.host}:{bound}")
-        if port_file is not None:
-            _write_port(port_file, bound)
-
-    finished = asyncio.run(serve_until_signal(model, options, ready))
+def _run(root: Path, load: Load, settings: Settings) -> None:
+    finished = asyncio.run(_serve(root, load, settings))
     if not finished:
         # The engine's thread may be deep in a run that nothing can join: leave without tearing the interpreter down.
         logging.shutdown()
         os._exit(1)
 
 
-def _announce(model: ServedModel, address: str) -> None:
-    Console(stderr=True).print(
-        f"[bold]{model.manifest.name}[/bold] {model.manifest.version} ({model.precision}, {model.provider}, "
-        f"{model.threads} threads) on [bold]{address}[/bold]; ask it: limelight ask TEXT -a {address}"
-    )
+async def _serve(root: Path, load: Load, settings: Settings) -> bool:
+    def ready(server: Server) -> None:
+        _announce(server, f"{options.host}:{server.port}")
+        if settings.port_file is not None:
+            _write_port(settings.port_file, server.port)
+
+    loop, options = asyncio.get_running_loop(), settings.options
+    loading = asyncio.current_task()
+    if loading is not None:
+        loop.add_signal_handler(signal.SIGTERM, loading.cancel)
+    models = Models(options.limits)
+    folder = ModelFolder(root, load, models)
+    try:
+        await folder.load_all()
+    except asyncio.CancelledError:
+        log.info("stopped before anything was served")
+        return True
+    return await serve_until_signal(models, options, ready, folder)
+
+
+def _announce(server: Server, address: str) -> None:
+    console = Console(stderr=True)
+    for serving in server.models:
+        console.print(
+            f"[bold]{serving.name}[/bold] {serving.version} ({serving.model.precision}, {serving.model.provider}, "
+            f"{serving.model.threads} threads) on [bold]{address}[/bold]; ask it: limelight ask TEXT -a {address}"
+        )
 
 
 def _write_port(path: Path, port: int) -> None:

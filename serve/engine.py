@@ -75,6 +75,11 @@ class Engine:
         return self._worker.is_alive() and not self._given_up
 
     @property
+    def stopping(self) -> bool:
+        """It finishes what it has, and takes no more."""
+        return self._stopping
+
+    @property
     def failed(self) -> bool:
         """It has died, or somebody has given it up."""
         return self._given_up

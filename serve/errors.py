@@ -17,6 +17,10 @@ class ModelNotFoundError(ServeError):
     """The request names a model that is not served."""
 
 
+class ModelExistsError(ServeError):
+    """Another model of the same name and version is served."""
+
+
 class QueueFullError(ServeError):
     """The queue is at its limit: try again later.
 
@@ -85,6 +89,7 @@ OUTCOMES: Mapping[type[LimelightError], Outcome] = {
     EngineFailedError: Outcome(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED"),
     ShuttingDownError: Outcome(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     OutOfMemoryError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    ModelExistsError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_EXISTS"),
     BundleError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
 }
 """Every error that a client may see the text of."""

@@ -9,13 +9,12 @@ from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from export.manifest import Manifest
-from serve.batcher import Counts
 from serve.errors import AddressError
 from serve.jobs import Decoded, Ticket
+from serve.models import Models
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Bounds of the histograms: a token takes a millisecond, a long answer under a full queue many seconds."""
@@ -28,12 +27,10 @@ class Metrics:
     """The figures of one server.
 
     Args:
-        manifest: of the model that is served.
-        precision: of its weights.
-        provider: what computes.
+        models: what is served, read whenever it is asked for.
     """
 
-    def __init__(self, manifest: Manifest, precision: str, provider: str) -> None:
+    def __init__(self, models: Models) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "limelight_requests", "Calls that have ended.", ["method", "code", "reason"], registry=self.registry
@@ -48,13 +45,7 @@ class Metrics:
         self._tokens = Counter(
             "limelight_generated_tokens", "Tokens of the best hypotheses of searches.", registry=self.registry
         )
-        model = Gauge(
-            "limelight_model_info",
-            "The model that is served; always 1.",
-            ["name", "version", "precision", "provider"],
-            registry=self.registry,
-        )
-        model.labels(manifest.name, manifest.version, precision, provider).set(1)
+        self.registry.register(_Served(models))
         self._lag = Gauge(
             "limelight_loop_lag_seconds", "How late the event loop was when last looked at.", registry=self.registry
         )
@@ -66,10 +57,6 @@ class Metrics:
     def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A figure that is read whenever it is asked for."""
         Gauge(f"limelight_{name}", what, registry=self.registry).set_function(read)
-
-    def count(self, read: Callable[[], Counts]) -> None:
-        """What the engine counts, read whenever it is asked for."""
-        self.registry.register(_Engine(read))
 
     def ended(self, method: str, code: str, reason: str, seconds: float) -> None:
         """A call has ended."""
@@ -134,14 +121,22 @@ class Scraped:
         self._thread.join()
 
 
-class _Engine(Collector):
-    """Counts that the engine's thread keeps as plain numbers."""
+class _Served(Collector):
+    """The models that are served, and what their engines' threads keep as plain numbers."""
 
-    def __init__(self, read: Callable[[], Counts]) -> None:
-        self._read = read
+    def __init__(self, models: Models) -> None:
+        self._models = models
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        counts = self._read()
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        info = GaugeMetricFamily(
+            "limelight_model_info",
+            "A model that is served; always 1.",
+            labels=["name", "version", "precision", "provider"],
+        )
+        for serving in list(self._models):
+            info.add_metric([serving.name, serving.version, serving.model.precision, serving.model.provider], 1)
+        yield info
+        counts = self._models.counts()
         for name, what, value in (
             ("source_tokens", "Source tokens that were encoded.", counts.source_tokens),
             ("padded_source_tokens", "The same with their padding.", counts.padded_source_tokens),

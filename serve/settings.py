@@ -68,6 +68,10 @@ class Settings(Frozen):
     """Seconds that calls in flight have when stopping."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Port for Prometheus' scrapes, on the same host; none if left out."""
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port for administrative calls, on 127.0.0.1: load, unload, reload; none if left out."""
+    poll: float | None = Field(default=None, ge=0.1, allow_inf_nan=False)
+    """Seconds between two looks at the model folder; by default only SIGHUP and Reload have it looked at."""
     watchdog: float = Field(default=60.0, ge=0.1, allow_inf_nan=False)
     """Seconds that one computation may take; then the server fails and ends."""
     port_file: Path | None = None
@@ -83,6 +87,8 @@ class Settings(Frozen):
             limits=EngineLimits(**{field.name: getattr(self, field.name) for field in fields(EngineLimits)}),
             client_header=self.client_header,
             metrics_port=self.metrics_port,
+            admin_port=self.admin_port,
+            poll=self.poll,
             watchdog=self.watchdog,
         )
 

@@ -13,7 +13,9 @@ import grpc
 import numpy as np
 
 from serve.bundle import ServedModel
+from serve.engine import Engine
 from serve.jobs import EngineLimits
+from serve.models import Models
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.server import Server, ServerOptions, create_server
@@ -42,6 +44,11 @@ class Running:
     def address(self) -> str:
         return f"127.0.0.1:{self.server.port}"
 
+    @property
+    def engine(self) -> Engine:
+        """Of the only model."""
+        return self.server.models.find("").engine
+
     def stop(self, grace: float = PATIENCE) -> "Future[bool]":
         """Begin to stop; the result is whether all calls finished."""
         return begin(self.server.stop(grace))
@@ -51,11 +58,18 @@ class Running:
         assert begin(self.server._calls.wait_until_idle(PATIENCE)).result(PATIENCE)
 
 
+def models_of(model: ServedModel, limits: EngineLimits | None = None) -> Models:
+    """One model, with its engine."""
+    models = Models(limits or EngineLimits())
+    models.add(model)
+    return models
+
+
 @contextmanager
 def serving(model: ServedModel, limits: EngineLimits | None = None, **options: Any) -> Iterator[Running]:
     """A server on a free port, stopped at the end whatever is left of it."""
     chosen = ServerOptions(port=0, limits=limits or EngineLimits(), **options)
-    server = begin(create_server(model, chosen)).result(PATIENCE)
+    server = begin(create_server(models_of(model, limits), chosen)).result(PATIENCE)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield Running(server, channel, LimelightServiceStub(channel))

@@ -160,7 +160,7 @@ def test_it_has_a_status_of_its_own() -> None:
 def submitted(gated: Running, monkeypatch: pytest.MonkeyPatch) -> "SimpleQueue[Job]":
     """What the server queues, as soon as it is queued."""
     jobs: SimpleQueue[Job] = SimpleQueue()
-    engine = gated.server._engine
+    engine = gated.engine
     submit = engine.submit
 
     def told(job: Job) -> Ticket:

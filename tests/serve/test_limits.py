@@ -1,10 +1,7 @@
 """Every limit of the engine can be set on the command line."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,7 +9,7 @@ from typer.testing import CliRunner
 import serve.commands
 from serve.cli import app
 from serve.jobs import EngineLimits
-from serve.server import ServerOptions
+from serve.settings import Settings
 
 SET = {
     "queue": 3,
@@ -29,17 +26,11 @@ SET = {
 
 def limits(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> EngineLimits:
     """What a server would be started with."""
-    found: list[ServerOptions] = []
-
-    async def start(model: Any, options: ServerOptions, ready: Callable[[int], None]) -> bool:  # noqa: ARG001
-        found.append(options)
-        return True
-
-    monkeypatch.setattr(serve.commands, "load_model", lambda bundle, **options: SimpleNamespace())
-    monkeypatch.setattr(serve.commands, "serve_until_signal", start)
+    found: list[Settings] = []
+    monkeypatch.setattr(serve.commands, "_run", lambda root, load, settings: found.append(settings))
     result = CliRunner().invoke(app, ["serve", str(Path("bundle")), *arguments])
     assert result.exit_code == 0, result.output
-    return found[0].limits
+    return found[0].options.limits
 
 
 def test_none_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

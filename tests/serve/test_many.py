@@ -100,7 +100,7 @@ def test_a_caller_who_goes_leaves_nothing_behind(served: ServedModel) -> None:
         steps.open()
         running.until_idle()
         assert running.stub.Generate(pb.GenerateRequest(source="ab"), timeout=PATIENCE).hypotheses
-        assert running.server._engine.waiting == 0
+        assert running.engine.waiting == 0
 
 
 def test_what_was_asked_before_the_server_stops_is_answered_and_the_rest_refused(served: ServedModel) -> None:
@@ -211,7 +211,7 @@ def test_timings_say_where_the_time_went(served: ServedModel) -> None:
         pending = running.stub.Generate.future(pb.GenerateRequest(source="ab"), timeout=PATIENCE)
         steps.wait()
         late = running.stub.Generate.future(pb.GenerateRequest(source="ab"), timeout=PATIENCE)
-        while not running.server._engine.waiting:
+        while not running.engine.waiting:
             pass
         steps.open()
         first, second = (call.result(PATIENCE).timings for call in (pending, late))

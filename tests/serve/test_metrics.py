@@ -15,7 +15,7 @@ from serve.errors import AddressError
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.server import ServerOptions, create_server
-from tests.serve.running import PATIENCE, Running, begin, generate, score, serving, stream
+from tests.serve.running import PATIENCE, Running, begin, generate, models_of, score, serving, stream
 from tests.serve.steps import Echo, Gated
 
 Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -85,7 +85,7 @@ def test_what_is_under_way_is_told_and_goes_back_to_nothing(scraped: tuple[Runni
     first = generate(running.stub, "ab")
     steps.wait()
     waiting = generate(running.stub, "abc")
-    while not running.server._engine.waiting:
+    while not running.engine.waiting:
         pass
     with pytest.raises(grpc.RpcError):
         generate(running.stub, "ab").result(PATIENCE)
@@ -102,7 +102,7 @@ def test_what_is_under_way_is_told_and_goes_back_to_nothing(scraped: tuple[Runni
     steps.open()
     assert first.result(PATIENCE)
     running.until_idle()
-    while running.server._engine.waiting or running.server._engine.rows:
+    while running.engine.waiting or running.engine.rows:
         generate(running.stub, "ab").result(PATIENCE)
     figures = scrape(running)
     assert [value(figures, name) for name in ("queue_length", "rows", "calls_in_flight")] == [0, 0, 0]
@@ -132,4 +132,4 @@ def test_a_port_that_is_taken_is_told_of(served: ServedModel) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(AddressError, match=f"^cannot listen on 127.0.0.1:{port} for metrics: "):
-            begin(create_server(served, ServerOptions(port=0, metrics_port=port))).result(PATIENCE)
+            begin(create_server(models_of(served), ServerOptions(port=0, metrics_port=port))).result(PATIENCE)

@@ -13,7 +13,7 @@ from serve.bundle import ServedModel
 from serve.errors import AddressError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.server import SERVICE, ServerOptions, create_server
-from tests.serve.running import PATIENCE, Running, begin, generate, stream
+from tests.serve.running import PATIENCE, Running, begin, generate, models_of, stream
 from tests.serve.steps import Gated
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -78,13 +78,13 @@ def test_a_port_in_use_is_told(running: Running, served: ServedModel) -> None:
         AddressError,
         match=rf"^cannot listen on 127\.0\.0\.1:{port}: is another server there\? Port 0 takes a free one$",
     ):
-        begin(create_server(served, ServerOptions(port=port))).result(PATIENCE)
+        begin(create_server(models_of(served), ServerOptions(port=port))).result(PATIENCE)
     assert running.stub.GetModel(pb.GetModelRequest(), timeout=PATIENCE).model.name == "reversal"
 
 
 def test_an_address_that_is_not_ours_is_told(served: ServedModel) -> None:
     with pytest.raises(AddressError, match=r"^cannot listen on 192\.0\.2\.1:0: "):
-        begin(create_server(served, ServerOptions(host="192.0.2.1", port=0))).result(PATIENCE)
+        begin(create_server(models_of(served), ServerOptions(host="192.0.2.1", port=0))).result(PATIENCE)
 
 
 CALLS: dict[str, Callable[..., Any]] = {"unary": generate, "stream": stream}

@@ -1,8 +1,8 @@
 """One schema: a setting is a flag, a variable and a key of a file, in this order; what is unknown is refused."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 import serve.commands
 from model.errors import ConfigError
+from serve.bundle import ServedModel, load_model
 from serve.cli import app
-from serve.server import ServerOptions
 from serve.settings import PREFIX, Settings
 
 OTHERS: dict[str, Any] = {
@@ -32,6 +32,8 @@ OTHERS: dict[str, Any] = {
     "call_seconds": 0.5,
     "grace": 1.5,
     "metrics_port": 4712,
+    "admin_port": 4713,
+    "poll": 5.5,
     "watchdog": 2.5,
     "port_file": "some/file",
 }
@@ -42,9 +44,9 @@ class Started:
     """What the command did, without a server."""
 
     def __init__(self) -> None:
-        self.model: dict[str, Any] = {}
-        self.options: ServerOptions | None = None
-        self.port_file: Path | None = None
+        self.root: Path | None = None
+        self.loading: dict[str, Any] = {}
+        self.settings: Settings | None = None
 
     def run(self, *arguments: str, **variables: str) -> Result:
         return CliRunner().invoke(app, ["serve", "bundle", *arguments], env=variables)
@@ -54,14 +56,10 @@ class Started:
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     found = Started()
 
-    def load(bundle: Path, **options: Any) -> SimpleNamespace:
-        found.model = {"bundle": bundle, **options}
-        return SimpleNamespace()
+    def run(root: Path, load: "partial[ServedModel]", settings: Settings) -> None:
+        assert load.func is load_model
+        found.root, found.loading, found.settings = root, load.keywords, settings
 
-    def run(model: Any, options: ServerOptions, port_file: Path | None) -> None:  # noqa: ARG001
-        found.options, found.port_file = options, port_file
-
-    monkeypatch.setattr(serve.commands, "load_model", load)
     monkeypatch.setattr(serve.commands, "_run", run)
     return found
 
@@ -104,10 +102,9 @@ def test_every_setting_arrives(started: Started, tmp_path: Path, way: Way) -> No
     arguments, variables = way(tmp_path, OTHERS)
     result = started.run(*arguments, **variables)
     assert result.exit_code == 0, result.output
-    expected = Settings(**OTHERS)
-    assert started.options == expected.options != Settings().options
-    assert started.port_file == expected.port_file == Path("some/file")
-    assert started.model == {"bundle": Path("bundle"), "provider": "cpu", "precision": "int8", "threads": 3}
+    assert started.settings == Settings(**OTHERS) != Settings()
+    assert (started.root, Settings(**OTHERS).port_file) == (Path("bundle"), Path("some/file"))
+    assert started.loading == {"provider": "cpu", "precision": "int8", "threads": 3}
 
 
 def test_options_hold_what_was_set() -> None:
@@ -123,8 +120,8 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(started: Started
     variables = {f"{PREFIX}CONFIG": str(file), f"{PREFIX}QUEUE": "2", f"{PREFIX}ROWS": "2"}
     result = started.run("--queue", "3", **variables)
     assert result.exit_code == 0, result.output
-    assert started.options is not None
-    limits = started.options.limits
+    assert started.settings is not None
+    limits = started.settings.options.limits
     assert (limits.queue, limits.rows, limits.tokens, limits.attention) == (3, 2, 1, Settings().attention)
 
 
@@ -147,7 +144,7 @@ def test_a_wrong_file_is_refused_by_name(started: Started, tmp_path: Path, what:
     assert isinstance(result.exception, ConfigError)
     with pytest.raises(ConfigError, match=rf"serve\.toml: {message}"):
         raise result.exception
-    assert started.options is None
+    assert started.settings is None
 
 
 def test_a_wrong_variable_is_refused_by_name(started: Started) -> None:
@@ -155,7 +152,7 @@ def test_a_wrong_variable_is_refused_by_name(started: Started) -> None:
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception) == f"{PREFIX}QUEU: there is no such setting; {PREFIX}QUEUE is meant?"
     result = started.run(**{f"{PREFIX}QUEUE": "many"})
-    assert (result.exit_code, started.options) == (2, None)
+    assert (result.exit_code, started.settings) == (2, None)
     assert "Invalid value for '--queue'" in result.output
 
 

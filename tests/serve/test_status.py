@@ -17,6 +17,7 @@ from serve.errors import (
     EngineError,
     EngineFailedError,
     ExpiredError,
+    ModelExistsError,
     ModelNotFoundError,
     OutOfMemoryError,
     QueueFullError,
@@ -38,6 +39,7 @@ ERRORS: list[tuple[Exception, grpc.StatusCode, str]] = [
     (EngineFailedError("dead"), grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED"),
     (ShuttingDownError("stopping"), grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (OutOfMemoryError("too little"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    (ModelExistsError("there is one"), grpc.StatusCode.FAILED_PRECONDITION, "MODEL_EXISTS"),
     (BundleError("damaged"), grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
     (EngineError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
     (ZeroDivisionError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
@@ -111,7 +113,7 @@ def test_fault_21_who_finds_the_queue_full_is_told_when_to_come_back(served: Ser
     with serving(dataclasses.replace(served, steps=steps), EngineLimits(queue=1)) as running:
         first = generate(running.stub)
         steps.wait()
-        waiting = running.server._engine.submit(job(SHORT))
+        waiting = running.engine.submit(job(SHORT))
         error = failed(generate(running.stub))
         with pytest.raises(ServerError) as caught, Client(running.address) as client:
             client.generate("ab")

@@ -44,7 +44,7 @@ def test_fault_32_a_stream_is_told_each_token_once(
         before = generate(running.stub, letters[0])
         steps.wait()
         told, poison = stream(running.stub, source), generate(running.stub, letters[-1] + source)
-        while running.server._engine.waiting < 2:
+        while running.engine.waiting < 2:
             pass
         steps.open()
         assert before.result(PATIENCE)

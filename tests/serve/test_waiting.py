@@ -267,7 +267,7 @@ def test_a_client_is_an_address_or_what_a_header_says(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch, header: str | None, sent: str | None, clients: set[str]
 ) -> None:
     with serving(served, client_header=header) as running:
-        engine, seen = running.server._engine, list[Job]()
+        engine, seen = running.engine, list[Job]()
         submit = engine.submit
 
         def told(job: Job) -> Ticket:

@@ -14,8 +14,8 @@ from model.steps import Array, Memory
 from serve.bundle import ServedModel
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
-from serve.server import ServerOptions, serve_until_signal
-from tests.serve.running import PATIENCE, Running, generate, serving, stream
+from serve.server import Server, ServerOptions, serve_until_signal
+from tests.serve.running import PATIENCE, Running, generate, models_of, serving, stream
 from tests.serve.steps import Echo, Gated
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -68,7 +68,7 @@ def test_fault_34_a_run_that_hangs_is_given_up(served: ServedModel, caplog: pyte
             assert [outcome(call) for call in (hanging, streamed, waiting)] == [FAILED] * 3
         assert outcome(generate(running.stub)) == FAILED
         assert running.server.failed.is_set()
-        assert "the engine hangs: it is given up" in caplog.text
+        assert "an engine hangs: it is given up" in caplog.text
         running.until_idle()
         steps.open()  # it comes back after all, to nobody
 
@@ -95,12 +95,13 @@ def test_fault_34_the_process_ends_and_says_so(served: ServedModel, caplog: pyte
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             found.append(outcome(LimelightServiceStub(channel).Generate.future(pb.GenerateRequest(source="ab"))))
 
-    def ready(port: int) -> None:
-        asking.append(threading.Thread(target=ask, args=(port,)))
+    def ready(server: Server) -> None:
+        asking.append(threading.Thread(target=ask, args=(server.port,)))
         asking[0].start()
 
+    options = ServerOptions(port=0, watchdog=SOON)
     with caplog.at_level(logging.CRITICAL):
-        assert asyncio.run(serve_until_signal(model, ServerOptions(port=0, watchdog=SOON), ready)) is False
+        assert asyncio.run(serve_until_signal(models_of(model), options, ready)) is False
     asking[0].join(PATIENCE)
     assert found == [FAILED]
     steps.open()

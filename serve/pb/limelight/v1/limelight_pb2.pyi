@@ -522,10 +522,13 @@ class GenerateRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SEARCH_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty for the one that is served."""
+    """Name of the model; empty where only one is served."""
     source: _builtins.str
     """The source text."""
+    version: _builtins.str
+    """Version of the model; empty for its newest: the highest where versions are numbers, else the one loaded last."""
     @_builtins.property
     def search(self) -> Global___SearchOptions:
         """How to search."""
@@ -541,10 +544,11 @@ class GenerateRequest(_message.Message):
         source: _builtins.str = ...,
         search: Global___SearchOptions | None = ...,
         attention: Global___AttentionOptions | None = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "search", b"search"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "model", b"model", "search", b"search", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "model", b"model", "search", b"search", "source", b"source", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -710,10 +714,13 @@ class GenerateStreamRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SEARCH_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty for the one that is served."""
+    """Name of the model; empty where only one is served."""
     source: _builtins.str
     """The source text."""
+    version: _builtins.str
+    """Version of the model; empty for its newest: the highest where versions are numbers, else the one loaded last."""
     @_builtins.property
     def search(self) -> Global___SearchOptions:
         """How to search."""
@@ -729,10 +736,11 @@ class GenerateStreamRequest(_message.Message):
         source: _builtins.str = ...,
         search: Global___SearchOptions | None = ...,
         attention: Global___AttentionOptions | None = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "search", b"search"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "model", b"model", "search", b"search", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "model", b"model", "search", b"search", "source", b"source", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -887,14 +895,17 @@ class ScoreRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty for the one that is served."""
+    """Name of the model; empty where only one is served."""
     source: _builtins.str
     """The source text."""
     target: _builtins.str
     """The target text."""
     length_penalty: _builtins.float
     """As in SearchOptions, for the score."""
+    version: _builtins.str
+    """Version of the model; empty for its newest: the highest where versions are numbers, else the one loaded last."""
     @_builtins.property
     def attention(self) -> Global___AttentionOptions:
         """Which attention to return."""
@@ -907,10 +918,11 @@ class ScoreRequest(_message.Message):
         target: _builtins.str = ...,
         length_penalty: _builtins.float | None = ...,
         attention: Global___AttentionOptions | None = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty", "attention", b"attention", "length_penalty", b"length_penalty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty", "attention", b"attention", "length_penalty", b"length_penalty", "model", b"model", "source", b"source", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty", "attention", b"attention", "length_penalty", b"length_penalty", "model", b"model", "source", b"source", "target", b"target", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__length_penalty: _TypeAlias = _typing.Literal["length_penalty"]  # noqa: Y015
     _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
@@ -973,16 +985,20 @@ class GetModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty for the one that is served."""
+    """Name of the model; empty where only one is served."""
+    version: _builtins.str
+    """Version of the model; empty for its newest: the highest where versions are numbers, else the one loaded last."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1166,7 +1182,7 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSummary]:
-        """One each, by name."""
+        """One for each version, by name."""
 
     def __init__(
         self,

@@ -1,0 +1,317 @@
+"""An hour of everything at once, and whether anything is left of it: fault 42, as `make soak`.
+
+    python -m bench.soak --minutes 60
+    python -m bench.soak --minutes 3 --leak 4096      the negative control: a server that leaks, which must be found
+
+A server is asked for texts of random lengths with random options, alone, as streams and many at a time; some callers
+give up midway, some send what must be refused. Its memory and its metrics are looked at all the time. Judged are: that
+every call ends in a way that it may; that the memory grows by less than 2 % in the second half; that no row, request or
+call is left at the end; and that it stops when told to.
+"""
+
+import asyncio
+import json
+import random
+import socket
+import statistics
+import string
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+from urllib.request import urlopen
+
+import grpc
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.progress import Progress
+
+from bench import machine
+from bench.load.accounts import memory
+from bench.load.options import ServingOptions
+from bench.load.servers import ROOT, LoadError, Running, Server, ServerName, share_processors, started
+from bench.load.workload import ModelName, prepare
+from serve.pb.limelight.v1 import limelight_pb2 as pb
+from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
+
+MOST_GROWTH = 0.02
+"""Of the memory, from the beginning of the second half to the end."""
+
+ENDS = {
+    "good": {"OK"},
+    "given up": {"OK", "CANCELLED"},
+    "bad": {"INVALID_ARGUMENT", "NOT_FOUND"},
+}
+"""How calls of each kind may end."""
+
+GIVEN_UP, BAD = 0.05, 0.01
+"""Shares of the calls."""
+
+GAUGES = ("limelight_rows", "limelight_queue_length", "limelight_calls_in_flight")
+"""What must be 0 when nobody asks."""
+
+CALLERS, LOOK = 12, 1.0
+"""At a time; seconds between two looks at the server."""
+
+LONGEST_TEXT = 40
+"""Characters."""
+
+FAMILIES = (pb.ATTENTION_FAMILY_ENCODER, pb.ATTENTION_FAMILY_DECODER, pb.ATTENTION_FAMILY_CROSS)
+
+LEAKING = """
+import sys
+from serve import service
+from serve.cli import main
+
+kept, answer = [], service.LimelightService._result
+
+async def leak(self, ticket):
+    kept.append(bytearray({size}))
+    return await answer(self, ticket)
+
+service.LimelightService._result = leak
+main()
+"""
+"""`limelight`, with a server that keeps some bytes of every call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Soaked(Server):
+    """The server that is asked.
+
+    Attributes:
+        metrics_port: where it is scraped.
+        leak: bytes of every call that it keeps.
+    """
+
+    metrics_port: int
+    leak: int = 0
+
+    def command(self, folder: Path) -> list[str]:
+        """See `Server`."""
+        python, *module = super().command(folder)[:3]
+        program = ["-c", LEAKING.format(size=self.leak)] if self.leak else module
+        return [python, *program, *super().command(folder)[3:], f"--metrics-port={self.metrics_port}"]
+
+
+@dataclass
+class Seen:
+    """What was seen of a server.
+
+    Attributes:
+        ends: how calls of each kind ended, counted.
+        memory: megabytes, at every look.
+        metrics: of the last look, by name.
+    """
+
+    ends: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in ENDS})
+    memory: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> int:
+        """All that ended."""
+        return sum(counts.total() for counts in self.ends.values())
+
+
+def growth(megabytes: Sequence[float]) -> float:
+    """By which share memory grew from the beginning of the second half to its end: medians of a tenth of it each."""
+    half = megabytes[len(megabytes) // 2 :]
+    tenth = max(1, len(half) // 10)
+    return statistics.median(half[-tenth:]) / statistics.median(half[:tenth]) - 1
+
+
+def judged(seen: Seen) -> list[str]:
+    """What is wrong with it."""
+    failures = []
+    for kind, counts in seen.ends.items():
+        if unlike := sorted(set(counts) - ENDS[kind]):
+            failures.append(f"{kind} calls ended with {', '.join(f'{code} ({counts[code]})' for code in unlike)}")
+        if not counts:
+            failures.append(f"there were no {kind} calls")
+    grown = growth(seen.memory)
+    if grown >= MOST_GROWTH:
+        failures.append(f"memory grew by {100 * grown:.1f} % in the second half, {100 * MOST_GROWTH:.0f} are allowed")
+    failures += [f"{name} is {seen.metrics.get(name)} at the end" for name in GAUGES if seen.metrics.get(name) != 0.0]
+    return failures
+
+
+class Soaking:
+    """Callers of one server.
+
+    Args:
+        running: the server.
+        metrics_port: that it is scraped at.
+        seed: of all that is random.
+    """
+
+    def __init__(self, running: Running, metrics_port: int, seed: int) -> None:
+        self._running, self._metrics_port = running, metrics_port
+        self._random = random.Random(seed)
+        self.seen = Seen()
+
+    async def run(self, seconds: float, tell: Callable[[Seen], None]) -> Seen:
+        """Ask for so long; then look until nothing is left, or has been for too long."""
+        end = time.monotonic() + seconds
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self._running.port}") as channel:
+            stub = LimelightServiceStub(channel)
+            callers = [asyncio.create_task(self._call_until(stub, end)) for _ in range(CALLERS)]
+            while time.monotonic() < end:
+                await asyncio.sleep(LOOK)
+                await self._look()
+                tell(self.seen)
+            await asyncio.gather(*callers)
+        for _ in range(20):
+            await self._look()
+            if not any(self.seen.metrics[name] for name in GAUGES):
+                break
+            await asyncio.sleep(LOOK)
+        return self.seen
+
+    async def _call_until(self, stub: Any, end: float) -> None:
+        calls = (self._unary, self._stream, self._score, self._many)
+        while time.monotonic() < end:
+            call = self._random.choices(calls, (6, 3, 1, 1))[0]
+            kind = self._random.choices(tuple(ENDS), (1 - GIVEN_UP - BAD, GIVEN_UP, BAD))[0]
+            task = asyncio.create_task(call(stub, kind))
+            if kind == "given up":
+                await asyncio.wait((task,), timeout=self._random.expovariate(50))
+                task.cancel()
+            try:
+                code = await task
+            except asyncio.CancelledError:
+                code = "CANCELLED"
+            except grpc.aio.AioRpcError as error:
+                code = error.code().name
+            self.seen.ends[kind][code] += 1
+
+    async def _unary(self, stub: Any, kind: str) -> str:
+        await stub.Generate(pb.GenerateRequest(**self._asked(kind)), timeout=60)
+        return "OK"
+
+    async def _stream(self, stub: Any, kind: str) -> str:
+        async for _ in stub.GenerateStream(pb.GenerateStreamRequest(**self._asked(kind)), timeout=60):
+            pass
+        return "OK"
+
+    async def _score(self, stub: Any, kind: str) -> str:
+        asked = self._asked(kind)
+        del asked["search"]
+        if kind == "bad":
+            asked["source"] = ""
+        await stub.Score(pb.ScoreRequest(target="K AE1 T", **asked), timeout=60)
+        return "OK"
+
+    async def _many(self, stub: Any, kind: str) -> str:
+        items = [
+            pb.GenerateManyRequest(id=str(number), request=pb.GenerateRequest(**self._asked(kind)))
+            for number in range(self._random.randint(1, 20))
+        ]
+        codes = Counter[int]()
+        async for answer in stub.GenerateMany(iter(items), timeout=60):
+            codes[answer.error.code] += 1
+        if codes.total() != len(items):
+            return "LOST"
+        names = {next(code.name for code in grpc.StatusCode if code.value[0] == number) for number in codes}
+        return "OK" if names == {"OK"} else " and ".join(sorted(names - ENDS["bad"])) or "INVALID_ARGUMENT"
+
+    def _asked(self, kind: str) -> dict[str, Any]:
+        letters = self._random.choices(string.ascii_lowercase + "'", k=self._random.randint(1, LONGEST_TEXT))
+        beam = self._random.choice((1, 1, 1, 2, 4, 8))
+        search = pb.SearchOptions(beam_size=beam, hypotheses=self._random.randint(1, beam))
+        families = [family for family in FAMILIES if self._random.random() < 0.3]
+        asked = {
+            "source": "".join(letters),
+            "search": search,
+            "attention": pb.AttentionOptions(families=families),
+        }
+        if kind == "bad":
+            wrong: list[dict[str, Any]] = [
+                {"source": ""},
+                {"source": "x" * 100_000},
+                {"search": pb.SearchOptions(beam_size=10**6)},
+                {"model": "no such model"},
+            ]
+            asked |= self._random.choice(wrong)
+        return asked
+
+    async def _look(self) -> None:
+        self.seen.memory.append(memory(self._running.process.pid).proportional)
+        address = f"http://127.0.0.1:{self._metrics_port}/metrics"
+        text = await asyncio.to_thread(lambda: urlopen(address, timeout=30).read().decode())
+        families = text_string_to_metric_families(text)
+        self.seen.metrics = {one.name: one.value for family in families for one in family.samples if not one.labels}
+
+
+def soak(server: Soaked, seconds: float, seed: int, tell: Callable[[Seen], None]) -> tuple[Seen, list[str]]:
+    """Start a server, ask it for so long, stop it; what was seen, and what is wrong with it.
+
+    Raises:
+        LoadError: it did not start, or has ended.
+    """
+    with TemporaryDirectory() as temporary, started(server, Path(temporary), share_processors(0)) as running:
+        seen = asyncio.run(Soaking(running, server.metrics_port, seed).run(seconds, tell))
+        if running.process.poll() is not None:
+            raise LoadError(f"the server has ended; its log ends so:\n{running.tail()}")
+        running.process.terminate()
+        status = running.process.wait(60)
+        return seen, [*judged(seen), *([f"it ended with status {status}"] if status else [])]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def main(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 60.0,
+    leak: Annotated[int, typer.Option(min=0, help="Bytes of every call that the server keeps: this must fail.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Where to; bench/results/soak.json for none.")] = None,
+) -> None:
+    """Soak a server of the shipped model, and judge it."""
+    workload = prepare(ModelName.G2P_EN, ROOT / "build" / "load", reuse=True)
+    server = Soaked(
+        name=ServerName.LIMELIGHT,
+        python=Path(sys.executable),
+        model=workload.model_of(ServerName.LIMELIGHT, "fp32"),
+        options=ServingOptions(longest=workload.longest),
+        metrics_port=free_port(),
+        leak=leak,
+    )
+    seconds, begun = 60 * minutes, time.monotonic()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("soaking", total=seconds)
+
+        def tell(seen: Seen) -> None:
+            about = f"{seen.calls:,} calls, {seen.memory[-1]:.0f} MB"
+            progress.update(task, completed=time.monotonic() - begun, description=about)
+
+        seen, failures = soak(server, seconds, seed, tell)
+    grown = growth(seen.memory)
+    report = {
+        "machine": machine.describe_machine(),
+        "command": ["bench.soak", *sys.argv[1:]],
+        "seconds": seconds,
+        "calls": seen.calls,
+        "ends": {kind: dict(counts) for kind, counts in seen.ends.items()},
+        "megabytes": [round(one, 2) for one in seen.memory[:: max(1, len(seen.memory) // 120)]],
+        "growth": grown,
+        "failures": failures,
+    }
+    path = as_json or Path("bench/results/soak.json")
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    typer.echo(f"{seen.calls:,} calls, memory grew by {100 * grown:.2f} % in the second half; {path}")
+    if failures:
+        typer.echo(f"failed: {'; '.join(failures)}", err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

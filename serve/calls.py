@@ -1,0 +1,130 @@
+"""What every call goes through: it is counted in and out, admitted, and its error becomes a status."""
+
+from __future__ import annotations  # grpc's classes are generic to mypy alone
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from serve.errors import STOPPING, QueueFullError, ShuttingDownError
+from serve.metrics import Metrics
+from serve.status import refuse
+
+EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+"""Calls that are answered even while shutting down."""
+
+RETRY_AFTER = 1.0
+"""Seconds after which a caller is to try again who came while too many calls were in flight."""
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Counts calls in flight, refuses new ones while draining, and turns errors into status codes.
+
+    Args:
+        most: calls in flight, beyond which new ones are refused before anything is done for them.
+        metrics: told of each call's end.
+
+    Attributes:
+        stopping: set when no new calls are taken.
+        in_flight: calls being answered; health and reflection do not count.
+    """
+
+    def __init__(self, most: int, metrics: Metrics) -> None:
+        self._most, self._metrics = most, metrics
+        self.stopping = asyncio.Event()
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of a call."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(EXEMPT):
+            return handler
+        method = handler_call_details.method.rpartition("/")[2]
+        coding = handler.request_deserializer, handler.response_serializer
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(self._wrap_unary(method, handler.unary_unary), *coding)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(self._wrap_stream(method, handler.unary_stream), *coding)
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(self._wrap_stream(method, handler.stream_stream), *coding)
+        return handler
+
+    @property
+    def draining(self) -> bool:
+        """No new calls are taken."""
+        return self.stopping.is_set()
+
+    def drain(self) -> None:
+        """Take no new calls from now on."""
+        self.stopping.set()
+
+    async def wait_until_idle(self, seconds: float) -> bool:
+        """Wait for the calls in flight; returns whether they finished in time."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return self._idle.is_set()  # 0 seconds are over before anything is looked at
+        return True
+
+    def _wrap_unary(self, method: str, answer: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async with self._call(method, request, context):
+                return await answer(request, context)
+
+        return call
+
+    def _wrap_stream(self, method: str, answer: Any) -> Any:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            async with self._call(method, request, context):
+                async for response in answer(request, context):
+                    yield response
+
+        return call
+
+    @asynccontextmanager
+    async def _call(
+        self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[None]:
+        """What every call goes through: counted in and out, admitted, its error told."""
+        arrived, code, reason = time.monotonic(), "CANCELLED", "CANCELLED"
+        self._enter(context)
+        try:
+            self._admit()
+            yield
+            code = reason = "OK"
+        except Exception as error:
+            refused = refuse(error, request)
+            code, reason = refused.code.name, refused.reason
+            await context.abort(refused.code, refused.message, refused.metadata)
+        finally:
+            self._metrics.ended(method, code, reason, time.monotonic() - arrived)
+
+    def _admit(self) -> None:
+        if self.draining:
+            raise ShuttingDownError(STOPPING)
+        if self.in_flight > self._most:
+            raise QueueFullError(
+                f"{self._most} requests are being answered or wait, which is the limit: retry later", RETRY_AFTER
+            )
+
+    def _enter(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self.in_flight += 1
+        self._idle.clear()
+        leave: Any = lambda _: self._leave()  # noqa: E731  # grpc's types ask for a class of theirs
+        # Not when the handler returns: gRPC still has to send what it returned.
+        context.add_done_callback(leave)
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()

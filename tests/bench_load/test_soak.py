@@ -1,0 +1,65 @@
+"""What a soak finds: leaks, rows that are left, calls that end as they may not."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from bench.load.options import ServingOptions
+from bench.load.servers import ServerName
+from bench.soak import GAUGES, Seen, Soaked, free_port, growth, judged, soak
+from tests.reversal import Reversal
+
+
+def seen(memory: Sequence[float] = (50.0,), left: dict[str, float] | None = None) -> Seen:
+    ends = {"good": Counter(OK=90), "given up": Counter(CANCELLED=3, OK=2), "bad": Counter(INVALID_ARGUMENT=1)}
+    return Seen(ends, list(memory), dict.fromkeys(GAUGES, 0.0) | (left or {}))
+
+
+def test_growth_is_of_the_second_half() -> None:
+    assert growth([10.0] * 50 + [100.0] * 50) == pytest.approx(0.0)
+    assert growth([100.0] * 100 + [100.0 + 0.1 * step for step in range(101)]) == pytest.approx(0.09, abs=0.005)
+    assert growth([*[100.0] * 99, 900.0]) == pytest.approx(0.0)  # one peak is no growth
+
+
+def test_what_is_well_is_well() -> None:
+    assert judged(seen([40.0] * 10 + [50.0] * 90)) == []
+
+
+def test_what_is_wrong_is_said() -> None:
+    leaking = seen([50.0 + step for step in range(100)])
+    assert judged(leaking) == ["memory grew by 45.0 % in the second half, 2 are allowed"]
+    (name, *_) = GAUGES
+    assert judged(seen(left={name: 1.0})) == [f"{name} is 1.0 at the end"]
+    odd = seen()
+    odd.ends["good"]["INTERNAL"] += 2
+    odd.ends["bad"].clear()
+    assert judged(odd) == ["good calls ended with INTERNAL (2)", "there were no bad calls"]
+
+
+def server(reversal: Reversal, **changes: int) -> Soaked:
+    return Soaked(
+        name=ServerName.LIMELIGHT,
+        python=Path(sys.executable),
+        model=reversal.bundle,
+        options=ServingOptions(),
+        metrics_port=free_port(),
+        **changes,
+    )
+
+
+def test_fault_42_a_short_soak(reversal: Reversal) -> None:
+    """Everything but the growth of the memory, which a few seconds say nothing of."""
+    looks: list[int] = []
+    found, failures = soak(server(reversal), 6.0, 0, lambda one: looks.append(one.calls))
+    assert [failure for failure in failures if not failure.startswith("memory grew")] == []
+    assert found.calls >= looks[-1] > 100
+    assert len(found.memory) >= len(looks) > 3
+
+
+def test_fault_42_a_leak_is_found(reversal: Reversal) -> None:
+    """The negative control: half a megabyte of every call is kept."""
+    _, failures = soak(server(reversal, leak=512 * 1024), 8.0, 0, lambda _: None)
+    assert [failure for failure in failures if failure.startswith("memory grew")]
