@@ -58,9 +58,6 @@ GAUGES = ("limelight_rows", "limelight_queue_length", "limelight_calls_in_flight
 CALLERS, LOOK = 12, 1.0
 """At a time; seconds between two looks at the server."""
 
-LONGEST_TEXT = 40
-"""Characters."""
-
 FAMILIES = (pb.ATTENTION_FAMILY_ENCODER, pb.ATTENTION_FAMILY_DECODER, pb.ATTENTION_FAMILY_CROSS)
 
 LEAKING = """
@@ -86,10 +83,16 @@ class Soaked(Server):
 
     Attributes:
         metrics_port: where it is scraped.
+        letters: of the texts that it is asked for.
+        longest_text: in characters.
+        target: that is scored.
         leak: bytes of every call that it keeps.
     """
 
     metrics_port: int
+    letters: str = string.ascii_lowercase + "'"
+    longest_text: int = 40
+    target: str = "K AE1 T"
     leak: int = 0
 
     def command(self, folder: Path) -> list[str]:
@@ -145,13 +148,13 @@ class Soaking:
     """Callers of one server.
 
     Args:
-        running: the server.
-        metrics_port: that it is scraped at.
+        server: what is asked, and for what.
+        running: the same, as it runs.
         seed: of all that is random.
     """
 
-    def __init__(self, running: Running, metrics_port: int, seed: int) -> None:
-        self._running, self._metrics_port = running, metrics_port
+    def __init__(self, server: Soaked, running: Running, seed: int) -> None:
+        self._server, self._running = server, running
         self._random = random.Random(seed)
         self.seen = Seen()
 
@@ -204,7 +207,7 @@ class Soaking:
         del asked["search"]
         if kind == "bad":
             asked["source"] = ""
-        await stub.Score(pb.ScoreRequest(target="K AE1 T", **asked), timeout=60)
+        await stub.Score(pb.ScoreRequest(target=self._server.target, **asked), timeout=60)
         return "OK"
 
     async def _many(self, stub: Any, kind: str) -> str:
@@ -221,7 +224,7 @@ class Soaking:
         return "OK" if names == {"OK"} else " and ".join(sorted(names - ENDS["bad"])) or "INVALID_ARGUMENT"
 
     def _asked(self, kind: str) -> dict[str, Any]:
-        letters = self._random.choices(string.ascii_lowercase + "'", k=self._random.randint(1, LONGEST_TEXT))
+        letters = self._random.choices(self._server.letters, k=self._random.randint(1, self._server.longest_text))
         beam = self._random.choice((1, 1, 1, 2, 4, 8))
         search = pb.SearchOptions(beam_size=beam, hypotheses=self._random.randint(1, beam))
         families = [family for family in FAMILIES if self._random.random() < 0.3]
@@ -242,7 +245,7 @@ class Soaking:
 
     async def _look(self) -> None:
         self.seen.memory.append(memory(self._running.process.pid).proportional)
-        address = f"http://127.0.0.1:{self._metrics_port}/metrics"
+        address = f"http://127.0.0.1:{self._server.metrics_port}/metrics"
         text = await asyncio.to_thread(lambda: urlopen(address, timeout=30).read().decode())
         families = text_string_to_metric_families(text)
         self.seen.metrics = {one.name: one.value for family in families for one in family.samples if not one.labels}
@@ -255,7 +258,7 @@ def soak(server: Soaked, seconds: float, seed: int, tell: Callable[[Seen], None]
         LoadError: it did not start, or has ended.
     """
     with TemporaryDirectory() as temporary, started(server, Path(temporary), share_processors(0)) as running:
-        seen = asyncio.run(Soaking(running, server.metrics_port, seed).run(seconds, tell))
+        seen = asyncio.run(Soaking(server, running, seed).run(seconds, tell))
         if running.process.poll() is not None:
             raise LoadError(f"the server has ended; its log ends so:\n{running.tail()}")
         running.process.terminate()
