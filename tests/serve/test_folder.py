@@ -34,7 +34,7 @@ from tests.serve.running import PATIENCE, Running, begin, generate
 from tests.serve.steps import Gated
 
 LOAD: Load = partial(load_model, provider="cpu", threads=1)
-SWAPS, CLIENTS = 10, 20
+SWAPS, CLIENTS = int(os.environ.get("LIMELIGHT_TEST_SWAPS", "10")), 20
 
 
 @dataclass(frozen=True)
@@ -393,17 +393,14 @@ def test_a_folder_that_is_gone_changes_nothing(shelf: Shelf, caplog: pytest.LogC
 NO_NAMES = ["", ".", "..", "../first", "first/../first", "/etc", "first/", "./first", "first\0", "..\\first", "a//b"]
 
 
-@pytest.mark.parametrize("name", NO_NAMES)
 @pytest.mark.parametrize("call", [load_entry, unload_entry])
-def test_fault_40_a_path_is_no_name(shelf: Shelf, call: Callable[[Shelf, str], Any], name: str) -> None:
-    assert failed(lambda: call(shelf, name)) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "name: is no name of an entry of the model folder",
-    )
-    assert failed(lambda: call(shelf, "elsewhere")) == (
-        grpc.StatusCode.NOT_FOUND,
-        "the model folder has no entry 'elsewhere'",
-    )
+def test_fault_40_a_path_is_no_name(shelf: Shelf, call: Callable[[Shelf, str], Any]) -> None:
+    refused = (grpc.StatusCode.INVALID_ARGUMENT, "name: is no name of an entry of the model folder")
+    for name in NO_NAMES:
+        assert failed(partial(call, shelf, name)) == refused, name
+    unknown = (grpc.StatusCode.NOT_FOUND, "the model folder has no entry 'elsewhere'")
+    assert failed(partial(call, shelf, "elsewhere")) == unknown
+    assert shelf.served() == [("reversal", "1")]
 
 
 def test_fault_40_a_link_out_of_the_folder_is_not_followed(shelf: Shelf, reversal: Reversal, tmp_path: Path) -> None:
