@@ -4,14 +4,16 @@
     python -m bench.soak --minutes 3 --leak 4096      the negative control: a server that leaks, which must be found
 
 A server is asked for texts of random lengths with random options, alone, as streams and many at a time; some callers
-give up midway, some send what must be refused. Its memory and its metrics are looked at all the time. Judged are: that
-every call ends in a way that it may; that the memory grows by less than 2 % in the second half; that no row, request or
-call is left at the end; and that it stops when told to.
+give up midway, some send what must be refused; and now and then its model is swapped. Its memory and its metrics are
+looked at all the time. Judged are: that every call ends in a way that it may; that the memory grows by less than 2 % in
+the second half; that no row, request or call is left at the end; that the last model is what is served; that it stops
+when told to.
 """
 
 import asyncio
 import json
 import random
+import shutil
 import socket
 import statistics
 import string
@@ -19,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -36,6 +38,7 @@ from bench.load.accounts import memory
 from bench.load.options import ServingOptions
 from bench.load.servers import ROOT, LoadError, Running, Server, ServerName, share_processors, started
 from bench.load.workload import ModelName, prepare
+from export.manifest import MANIFEST
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 
@@ -86,10 +89,12 @@ class Soaked(Server):
         letters: of the texts that it is asked for.
         longest_text: in characters.
         target: that is scored.
+        swap_every: seconds, after which the model is swapped.
         leak: bytes of every call that it keeps.
     """
 
     metrics_port: int
+    swap_every: float = 60.0
     letters: str = string.ascii_lowercase + "'"
     longest_text: int = 40
     target: str = "K AE1 T"
@@ -99,7 +104,14 @@ class Soaked(Server):
         """See `Server`."""
         python, *module = super().command(folder)[:3]
         program = ["-c", LEAKING.format(size=self.leak)] if self.leak else module
-        return [python, *program, *super().command(folder)[3:], f"--metrics-port={self.metrics_port}"]
+        return [python, *program, *super().command(folder)[3:], f"--metrics-port={self.metrics_port}", "--poll=1"]
+
+    def swapped(self, number: int) -> None:
+        """Give the model another version, whole or not at all: the server will find it."""
+        manifest = json.loads((self.model / MANIFEST).read_text(encoding="utf-8"))
+        new = self.model / f".{MANIFEST}.new"
+        new.write_text(json.dumps(manifest | {"version": str(number)}), encoding="utf-8")
+        new.replace(self.model / MANIFEST)
 
 
 @dataclass
@@ -110,11 +122,15 @@ class Seen:
         ends: how calls of each kind ended, counted.
         memory: megabytes, at every look.
         metrics: of the last look, by name.
+        swaps: how often the model was swapped.
+        versions: that are served at the end.
     """
 
     ends: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in ENDS})
     memory: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    swaps: int = 0
+    versions: list[str] = field(default_factory=list)
 
     @property
     def calls(self) -> int:
@@ -140,6 +156,8 @@ def judged(seen: Seen) -> list[str]:
     grown = growth(seen.memory)
     if grown >= MOST_GROWTH:
         failures.append(f"memory grew by {100 * grown:.1f} % in the second half, {100 * MOST_GROWTH:.0f} are allowed")
+    if seen.versions != [str(seen.swaps)]:
+        failures.append(f"the versions {seen.versions} are served after {seen.swaps} swaps")
     failures += [f"{name} is {seen.metrics.get(name)} at the end" for name in GAUGES if seen.metrics.get(name) != 0.0]
     return failures
 
@@ -164,14 +182,19 @@ class Soaking:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self._running.port}") as channel:
             stub = LimelightServiceStub(channel)
             callers = [asyncio.create_task(self._call_until(stub, end)) for _ in range(CALLERS)]
+            due = time.monotonic() + self._server.swap_every
             while time.monotonic() < end:
                 await asyncio.sleep(LOOK)
                 await self._look()
+                if time.monotonic() >= due:
+                    self.seen.swaps += 1
+                    await asyncio.to_thread(self._server.swapped, self.seen.swaps)
+                    due += self._server.swap_every
                 tell(self.seen)
             await asyncio.gather(*callers)
         for _ in range(20):
             await self._look()
-            if not any(self.seen.metrics[name] for name in GAUGES):
+            if not any(self.seen.metrics[name] for name in GAUGES) and self.seen.versions == [str(self.seen.swaps)]:
                 break
             await asyncio.sleep(LOOK)
         return self.seen
@@ -247,8 +270,9 @@ class Soaking:
         self.seen.memory.append(memory(self._running.process.pid).proportional)
         address = f"http://127.0.0.1:{self._server.metrics_port}/metrics"
         text = await asyncio.to_thread(lambda: urlopen(address, timeout=30).read().decode())
-        families = text_string_to_metric_families(text)
-        self.seen.metrics = {one.name: one.value for family in families for one in family.samples if not one.labels}
+        samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+        self.seen.metrics = {one.name: one.value for one in samples if not one.labels}
+        self.seen.versions = [one.labels["version"] for one in samples if one.name == "limelight_model_info"]
 
 
 def soak(server: Soaked, seconds: float, seed: int, tell: Callable[[Seen], None]) -> tuple[Seen, list[str]]:
@@ -257,13 +281,22 @@ def soak(server: Soaked, seconds: float, seed: int, tell: Callable[[Seen], None]
     Raises:
         LoadError: it did not start, or has ended.
     """
-    with TemporaryDirectory() as temporary, started(server, Path(temporary), share_processors(0)) as running:
-        seen = asyncio.run(Soaking(server, running, seed).run(seconds, tell))
-        if running.process.poll() is not None:
-            raise LoadError(f"the server has ended; its log ends so:\n{running.tail()}")
-        running.process.terminate()
-        status = running.process.wait(60)
-        return seen, [*judged(seen), *([f"it ended with status {status}"] if status else [])]
+    with TemporaryDirectory() as temporary, TemporaryDirectory() as models:
+        own = replace(server, model=Path(shutil.copytree(server.model, Path(models) / "model")))
+        own.swapped(0)
+        with started(own, Path(temporary), share_processors(0)) as running:
+            return _soak(own, running, seconds, seed, tell)
+
+
+def _soak(
+    server: Soaked, running: Running, seconds: float, seed: int, tell: Callable[[Seen], None]
+) -> tuple[Seen, list[str]]:
+    seen = asyncio.run(Soaking(server, running, seed).run(seconds, tell))
+    if running.process.poll() is not None:
+        raise LoadError(f"the server has ended; its log ends so:\n{running.tail()}")
+    running.process.terminate()
+    status = running.process.wait(60)
+    return seen, [*judged(seen), *([f"it ended with status {status}"] if status else [])]
 
 
 def free_port() -> int:
@@ -275,8 +308,9 @@ def free_port() -> int:
 def main(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 60.0,
     leak: Annotated[int, typer.Option(min=0, help="Bytes of every call that the server keeps: this must fail.")] = 0,
+    swap_every: Annotated[float, typer.Option(min=1, help="Seconds after which the model is swapped.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Where to; bench/results/soak.json for none.")] = None,
+    as_json: Annotated[Path, typer.Option("--json", help="Where to.")] = Path("bench/results/soak.json"),
 ) -> None:
     """Soak a server of the shipped model, and judge it."""
     workload = prepare(ModelName.G2P_EN, ROOT / "build" / "load", reuse=True)
@@ -286,6 +320,7 @@ def main(
         model=workload.model_of(ServerName.LIMELIGHT, "fp32"),
         options=ServingOptions(longest=workload.longest),
         metrics_port=free_port(),
+        swap_every=swap_every,
         leak=leak,
     )
     seconds, begun = 60 * minutes, time.monotonic()
@@ -303,14 +338,14 @@ def main(
         "command": ["bench.soak", *sys.argv[1:]],
         "seconds": seconds,
         "calls": seen.calls,
+        "swaps": seen.swaps,
         "ends": {kind: dict(counts) for kind, counts in seen.ends.items()},
         "megabytes": [round(one, 2) for one in seen.memory[:: max(1, len(seen.memory) // 120)]],
         "growth": grown,
         "failures": failures,
     }
-    path = as_json or Path("bench/results/soak.json")
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    typer.echo(f"{seen.calls:,} calls, memory grew by {100 * grown:.2f} % in the second half; {path}")
+    as_json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    typer.echo(f"{seen.calls:,} calls, memory grew by {100 * grown:.2f} % in the second half; {as_json}")
     if failures:
         typer.echo(f"failed: {'; '.join(failures)}", err=True)
         raise typer.Exit(1)

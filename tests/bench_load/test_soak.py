@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.reversal import Reversal
 
 def seen(memory: Sequence[float] = (50.0,), left: dict[str, float] | None = None) -> Seen:
     ends = {"good": Counter(OK=90), "given up": Counter(CANCELLED=3, OK=2), "bad": Counter(INVALID_ARGUMENT=1)}
-    return Seen(ends, list(memory), dict.fromkeys(GAUGES, 0.0) | (left or {}))
+    return Seen(ends, list(memory), dict.fromkeys(GAUGES, 0.0) | (left or {}), 7, ["7"])
 
 
 def test_growth_is_of_the_second_half() -> None:
@@ -33,13 +34,16 @@ def test_what_is_wrong_is_said() -> None:
     assert judged(leaking) == ["memory grew by 44.1 % in the second half, 2 are allowed"]
     (name, *_) = GAUGES
     assert judged(seen(left={name: 1.0})) == [f"{name} is 1.0 at the end"]
+    stale = seen()
+    stale.versions = ["6", "7"]
+    assert judged(stale) == ["the versions ['6', '7'] are served after 7 swaps"]
     odd = seen()
     odd.ends["good"]["INTERNAL"] += 2
     odd.ends["bad"].clear()
     assert judged(odd) == ["good calls ended with INTERNAL (2)", "there were no bad calls"]
 
 
-def server(reversal: Reversal, **changes: int) -> Soaked:
+def server(reversal: Reversal, **changes: Any) -> Soaked:
     return Soaked(
         name=ServerName.LIMELIGHT,
         python=Path(sys.executable),
@@ -56,10 +60,11 @@ def server(reversal: Reversal, **changes: int) -> Soaked:
 def test_fault_42_a_short_soak(reversal: Reversal) -> None:
     """Everything but the growth of the memory, which a few seconds say nothing of."""
     looks: list[int] = []
-    found, failures = soak(server(reversal), 6.0, 0, lambda one: looks.append(one.calls))
+    found, failures = soak(server(reversal, swap_every=2.0), 6.0, 0, lambda one: looks.append(one.calls))
     assert [failure for failure in failures if not failure.startswith("memory grew")] == []
     assert found.calls >= looks[-1] > 100
     assert len(found.memory) >= len(looks) > 3
+    assert found.swaps >= 2
 
 
 def test_fault_42_a_leak_is_found(reversal: Reversal) -> None:
