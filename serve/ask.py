@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import typer
 from rich.console import Console
@@ -10,7 +11,9 @@ from rich.console import Console
 from model.picture import draw_png
 from serve import ask_options as options
 from serve.answers import Answer, ModelInfo
+from serve.channel import Credentials
 from serve.client import Client, WantedSearch
+from serve.credential_options import with_credentials
 from serve.page import write_page
 from serve.show import show_details, show_map, show_pieces, show_text, to_json
 from serve.view import View
@@ -95,6 +98,7 @@ def _draw(path: Path, view: View, info: ModelInfo, text: str, answer: Answer) ->
     write_page(path, f"Attention of {answer.model}", best.text, pictures, details, source=text)
 
 
+@with_credentials
 def ask(
     context: typer.Context,
     texts: options.Texts,
@@ -124,6 +128,7 @@ def ask(
     reduce: options.Reduce = None,
     plot: options.Plot = None,
     no_heat_map: options.NoHeatMap = False,
+    **credentials: Unpack[Credentials],
 ) -> None:
     """Ask a server, and see which input each output came from."""
     options.refuse_without_effect(context)
@@ -150,5 +155,5 @@ def ask(
         plot=plot,
     )
     console = Console(highlight=False, markup=False, emoji=False)
-    with Client(address, timeout=timeout) as client:
+    with Client(address, timeout=timeout, **credentials) as client:
         Session(client=client, search=search, target=target, view=view, stream=stream, console=console).run(texts)

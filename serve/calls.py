@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from serve.access import Access
 from serve.errors import STOPPING, QueueFullError, ShuttingDownError
 from serve.metrics import Metrics
 from serve.status import refuse
@@ -27,14 +28,15 @@ class Calls(grpc.aio.ServerInterceptor):
     Args:
         most: calls in flight, beyond which new ones are refused before anything is done for them.
         metrics: told of each call's end.
+        access: says who may call what; by default everybody may call everything.
 
     Attributes:
         stopping: set when no new calls are taken.
         in_flight: calls being answered; health and reflection do not count.
     """
 
-    def __init__(self, most: int, metrics: Metrics) -> None:
-        self._most, self._metrics = most, metrics
+    def __init__(self, most: int, metrics: Metrics, access: Access | None = None) -> None:
+        self._most, self._metrics, self._access = most, metrics, access or Access()
         self.stopping = asyncio.Event()
         self.in_flight = 0
         self._idle = asyncio.Event()
@@ -49,7 +51,7 @@ class Calls(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(EXEMPT):
             return handler
-        method = handler_call_details.method.rpartition("/")[2]
+        method = handler_call_details.method
         coding = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._wrap_unary(method, handler.unary_unary), *coding)
@@ -57,7 +59,8 @@ class Calls(grpc.aio.ServerInterceptor):
             return grpc.unary_stream_rpc_method_handler(self._wrap_stream(method, handler.unary_stream), *coding)
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(self._wrap_stream(method, handler.stream_stream), *coding)
-        return handler
+        # No service of ours has such a method; if one comes, it goes through here like the others.
+        return grpc.stream_unary_rpc_method_handler(self._wrap_unary(method, handler.stream_unary), *coding)
 
     @property
     def draining(self) -> bool:
@@ -99,6 +102,7 @@ class Calls(grpc.aio.ServerInterceptor):
         arrived, code, reason = time.monotonic(), "CANCELLED", "CANCELLED"
         self._enter(context)
         try:
+            self._access.let_in(method, context.invocation_metadata() or ())
             self._admit()
             yield
             code = reason = "OK"
@@ -107,7 +111,7 @@ class Calls(grpc.aio.ServerInterceptor):
             code, reason = refused.code.name, refused.reason
             await context.abort(refused.code, refused.message, refused.metadata)
         finally:
-            self._metrics.ended(method, code, reason, time.monotonic() - arrived)
+            self._metrics.ended(method.rpartition("/")[2], code, reason, time.monotonic() - arrived)
 
     def _admit(self) -> None:
         if self.draining:

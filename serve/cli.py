@@ -5,6 +5,7 @@ Subcommands import what is heavy when they run, so `limelight serve` and `--help
 
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -17,12 +18,17 @@ from model.errors import LimelightError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+# gRPC's core reads it when it is imported. It writes a line for every TLS handshake that fails: anybody who can connect
+# could fill a disk. What is told of an error is told by us.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 EXTRAS = {
     "grpc": "serve",
     "grpc_health": "serve",
     "grpc_reflection": "serve",
     "google": "serve",
     "google.protobuf": "serve",
+    "cryptography": "serve",
     "onnxruntime": "serve",
     "torch": "train",
     "safetensors": "train",
@@ -94,3 +100,4 @@ _register("export.commands", "evaluate")
 _register("serve.commands", "serve")
 _register("serve.ask", "ask")
 _register("serve.doctor", "doctor")
+_register("serve.token", "token")

@@ -38,6 +38,7 @@ from serve.answers import (
     Timings,
     Token,
 )
+from serve.channel import Credentials, explain_unreachable, open_channel, token_metadata
 from serve.from_proto import (
     FAMILIES,
     FLOAT_TYPES,
@@ -78,6 +79,7 @@ CHANNEL_OPTIONS = (
     # A gRPC server hangs up on clients that ping more often than every 5 minutes, unless it was told to allow it.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),  # without it the timeout above has no effect: see serve.connections
 )
 """Answers of up to 256 MiB; a dead connection under a call is noticed within six minutes."""
 
@@ -119,17 +121,29 @@ class Wanted(WantedSearch, WantedAttention):
 
 
 class Client:
-    """Asks one server, without encryption.
+    """Asks one server.
 
     Args:
         address: where it listens, HOST:PORT.
         timeout: most seconds a call may take, a whole stream included; None waits for ever.
+        credentials: for a protected server: `ca`, `certificate` and `key` (PEM files), `token`.
+
+    Raises:
+        ConfigError: credentials that cannot be used, or a token that would cross a network in plain text.
     """
 
-    def __init__(self, address: str = "127.0.0.1:50051", *, timeout: float | None = 30.0) -> None:
+    def __init__(
+        self,
+        address: str = "127.0.0.1:50051",
+        *,
+        timeout: float | None = 30.0,
+        **credentials: Unpack[Credentials],
+    ) -> None:
+        _refuse_unknown(credentials, Credentials)
         self.address = address
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._metadata = token_metadata(address, **credentials)
+        self._channel = open_channel(address, CHANNEL_OPTIONS, **credentials)
         self._stub = LimelightServiceStub(self._channel)
 
     def generate(self, source: str, *, model: str = "", **wanted: Unpack[Wanted]) -> Answer:
@@ -148,7 +162,7 @@ class Client:
             search, attention = _search(wanted), _attention(wanted)
             request = pb.GenerateRequest(model=model, source=source, search=search, attention=attention)
         with self._explained():
-            return read_answer(self._stub.Generate(request, timeout=self.timeout))
+            return read_answer(self._stub.Generate(request, timeout=self.timeout, metadata=self._metadata))
 
     def stream(
         self, source: str, *, model: str = "", **wanted: Unpack[Wanted]
@@ -203,19 +217,21 @@ class Client:
                 attention=_attention(wanted),
             )
         with self._explained():
-            return read_score(self._stub.Score(request, timeout=self.timeout))
+            return read_score(self._stub.Score(request, timeout=self.timeout, metadata=self._metadata))
 
     def describe(self, model: str = "") -> ModelInfo:
         """What the served model is and takes; errors as for `generate`."""
         with _sendable():
             request = pb.GetModelRequest(model=model)
         with self._explained():
-            return read_model(self._stub.GetModel(request, timeout=self.timeout))
+            return read_model(self._stub.GetModel(request, timeout=self.timeout, metadata=self._metadata))
 
     def models(self) -> list[ModelSummary]:
         """Which models are served; errors as for `generate`."""
         with self._explained():
-            return read_models(self._stub.ListModels(pb.ListModelsRequest(), timeout=self.timeout))
+            return read_models(
+                self._stub.ListModels(pb.ListModelsRequest(), timeout=self.timeout, metadata=self._metadata)
+            )
 
     def close(self) -> None:
         """Hang up; calls under way end with the code CANCELLED."""
@@ -231,7 +247,7 @@ class Client:
 
     def _events(self, request: pb.GenerateStreamRequest) -> Generator[Start | Piece | End, None, None]:
         with self._explained():
-            call = self._stub.GenerateStream(request, timeout=self.timeout)
+            call = self._stub.GenerateStream(request, timeout=self.timeout, metadata=self._metadata)
             try:
                 yield from read_stream(call)
             finally:
@@ -251,7 +267,7 @@ class Client:
 
         try:
             with self._explained():
-                call = self._stub.GenerateMany(sent(), timeout=self.timeout)
+                call = self._stub.GenerateMany(sent(), timeout=self.timeout, metadata=self._metadata)
                 try:
                     for message in call:
                         yield int(message.id), read_item(message)
@@ -273,10 +289,7 @@ class Client:
     def _explain(self, code: grpc.StatusCode, details: str) -> str:
         """The server's words as they are where they name the request's fault; else with the address and a way out."""
         if details.startswith(_UNREACHABLE):
-            return (
-                f"{self.address}: no Limelight server answers there: start one with `limelight serve BUNDLE`, "
-                f"or name the address of another ({details})"
-            )
+            return explain_unreachable(self.address, details)
         if "larger than max" in details:
             return f"{self.address}: {details}: ask for fewer layers and heads, a reduction or float16"
         failed = f"{self.address}: the server failed: {details}"
@@ -323,7 +336,9 @@ def _sendable() -> Iterator[None]:
         raise InvalidRequestError("request", f"cannot be sent: {error}") from None
 
 
-def _refuse_unknown(wanted: Mapping[str, object], known: type[Wanted] | type[WantedAttention]) -> None:
+def _refuse_unknown(
+    wanted: Mapping[str, object], known: type[Wanted] | type[WantedAttention] | type[Credentials]
+) -> None:
     unknown = wanted.keys() - known.__annotations__.keys()
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")

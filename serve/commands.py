@@ -56,7 +56,7 @@ def _run(root: Path, load: Load, settings: Settings) -> None:
 
 async def _serve(root: Path, load: Load, settings: Settings) -> bool:
     def ready(server: Server) -> None:
-        _announce(server, f"{options.host}:{server.port}")
+        _announce(server, f"{options.host}:{server.port}", options.security.client_options)
         if settings.port_file is not None:
             _write_port(settings.port_file, server.port)
 
@@ -74,12 +74,13 @@ async def _serve(root: Path, load: Load, settings: Settings) -> bool:
     return await serve_until_signal(models, options, ready, folder)
 
 
-def _announce(server: Server, address: str) -> None:
+def _announce(server: Server, address: str, needed: str) -> None:
     console = Console(stderr=True)
     for serving in server.models:
         console.print(
             f"[bold]{serving.name}[/bold] {serving.version} ({serving.model.precision}, {serving.model.provider}, "
             f"{serving.model.threads} threads) on [bold]{address}[/bold]; ask it: limelight ask TEXT -a {address}"
+            f"{needed}"
         )
 
 

@@ -57,6 +57,14 @@ class AddressError(ServeError):
     """The server cannot listen where it was told to."""
 
 
+class UnauthenticatedError(ServeError):
+    """The call brings no token, or one that is not known."""
+
+
+class PermissionDeniedError(ServeError):
+    """The caller is known, and may not do this."""
+
+
 class ProviderError(ServeError):
     """The execution provider that was asked for is not there."""
 
@@ -88,6 +96,8 @@ OUTCOMES: Mapping[type[LimelightError], Outcome] = {
     ExpiredError: Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     EngineFailedError: Outcome(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED"),
     ShuttingDownError: Outcome(grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    UnauthenticatedError: Outcome(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDeniedError: Outcome(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     OutOfMemoryError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     ModelExistsError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_EXISTS"),
     BundleError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),

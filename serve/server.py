@@ -16,7 +16,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from serve import admin
+from serve.access import Access
 from serve.calls import Calls
+from serve.connections import ConnectionLimits
 from serve.engine import Engine
 from serve.errors import AddressError
 from serve.folder import ModelFolder
@@ -24,19 +26,13 @@ from serve.jobs import EngineLimits
 from serve.metrics import Metrics, Scraped
 from serve.models import Models
 from serve.pb.limelight.v1 import admin_pb2_grpc, limelight_pb2, limelight_pb2_grpc
+from serve.security import Security
 from serve.service import LimelightService
+from serve.tls import Tls, server_tls
 
 log = logging.getLogger(__name__)
 
 SERVICE = limelight_pb2.DESCRIPTOR.services_by_name["LimelightService"].full_name
-
-OPTIONS = (
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-    ("grpc.max_send_message_length", 256 * 1024 * 1024),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # by default, clients that ping often are cut off
-    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake to be told of
-)
 
 LOOPBACK = "127.0.0.1"
 """Where administrative calls are answered."""
@@ -62,6 +58,11 @@ class ServerOptions:
         """The host as it stands before a colon and a port."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
+    @property
+    def most_calls(self) -> int:
+        """Calls in flight, beyond which new ones are refused."""
+        return self.limits.queue + 2 * self.limits.rows
+
     grace: float = 30.0
     """Seconds that calls in flight have to finish when stopping."""
     limits: EngineLimits = field(default_factory=EngineLimits)
@@ -76,6 +77,10 @@ class ServerOptions:
     """Seconds between two looks at the model folder; None for none but those that are asked for."""
     watchdog: float = 60.0
     """Seconds for which the engine may compute without coming back; then the server gives it up and ends."""
+    security: Security = field(default_factory=Security)
+    """Who may ask, and over what."""
+    connection_limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    """What one connection may do."""
 
 
 @dataclass(frozen=True)
@@ -175,17 +180,22 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
 
     Raises:
         AddressError: an address cannot be listened on.
+        ConfigError: what should protect it cannot be used.
     """
+    options.security.check(options.host)
+    tls, access = server_tls(options.security), Access(options.security.token_file)
     metrics = Metrics(models)
-    calls = Calls(options.limits.queue + 2 * options.limits.rows, metrics)
-    server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
+    calls = Calls(options.most_calls, metrics, access)
+    server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments(options.most_calls))
     _observe(metrics, models, calls, options.limits)
+    if tls is not None:
+        metrics.gauge("certificate_seconds_left", "Until the server's certificate expires.", lambda: tls.seconds_left)
     service = LimelightService(models, calls.stopping, metrics, options.client_header)
     limelight_pb2_grpc.add_LimelightServiceServicer_to_server(service, server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    port = _listen(server, options.authority, options.port)
+    port = _listen(server, options.authority, options.port, tls)
     administration, admin_port = _administration(folder, calls, options)
     scraped = None if options.metrics_port is None else metrics.serve(options.host, options.metrics_port)
     await server.start()
@@ -206,19 +216,18 @@ def _administration(
     """Administrative calls and the port that they are on, where they are wanted."""
     if folder is None or options.admin_port is None:
         return None, None
-    server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
+    server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments(options.most_calls))
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.AdminService(folder), server)
     reflection.enable_server_reflection((admin.SERVICE, reflection.SERVICE_NAME), server)
     return server, _listen(server, LOOPBACK, options.admin_port)
 
 
-def _listen(server: grpc.aio.Server, authority: str, port: int) -> int:
+def _listen(server: grpc.aio.Server, authority: str, port: int, tls: Tls | None = None) -> int:
+    address = f"{authority}:{port}"
     try:
-        return server.add_insecure_port(f"{authority}:{port}")
+        return server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials)
     except RuntimeError:
-        raise AddressError(
-            f"cannot listen on {authority}:{port}: is another server there? Port 0 takes a free one"
-        ) from None
+        raise AddressError(f"cannot listen on {address}: is another server there? Port 0 takes a free one") from None
 
 
 def _observe(metrics: Metrics, models: Models, calls: Calls, limits: EngineLimits) -> None:

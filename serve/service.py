@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from serve.access import caller_name
 from serve.convert import refuse_unknown_fields
 from serve.jobs import Caller, Decoded, Ticket, deadline_in
 from serve.many import answer_many
@@ -147,6 +148,8 @@ class LimelightService(rpc.LimelightServiceServicer):
 
 
 def client_of(context: grpc.aio.ServicerContext[Any, Any], header: str | None) -> str:
-    """Whose call it is: as a header of it says, or else the address that it came from, without the port."""
+    """Whose call it is: as its token says, or a header, or else the address that it came from, without the port."""
+    if (name := caller_name()) is not None:
+        return f"token:{name}"
     named = dict(context.invocation_metadata() or ()).get(header) if header else None
     return context.peer().rpartition(":")[0] if named is None else f"{header}:{named!s}"

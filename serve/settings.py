@@ -19,7 +19,9 @@ from pydantic.fields import FieldInfo
 
 from model.config import Frozen, describe
 from model.errors import ConfigError
+from serve.connections import ConnectionLimits
 from serve.jobs import EngineLimits
+from serve.security import Security
 from serve.server import ServerOptions
 
 PREFIX = "LIMELIGHT_SERVE_"
@@ -29,6 +31,10 @@ SHORT = {"port": "-p"}
 """Flags that have a short form too."""
 
 LIMITS = EngineLimits()
+CONNECTIONS = ConnectionLimits()
+
+LONGEST = 24 * 24 * 3600.0
+"""Seconds, of a setting of connections: gRPC counts their milliseconds in 32 bits, so 24 days are the most."""
 
 
 class Settings(Frozen):
@@ -74,6 +80,30 @@ class Settings(Frozen):
     """Seconds between two looks at the model folder; by default only SIGHUP and Reload have it looked at."""
     watchdog: float = Field(default=60.0, ge=0.1, allow_inf_nan=False)
     """Seconds that one computation may take; then the server fails and ends."""
+    tls_certificate: Path | None = None
+    """PEM file of the certificate, then those between it and its CA; with it the port speaks TLS only."""
+    tls_key: Path | None = None
+    """PEM file of the certificate's private key."""
+    tls_client_ca: Path | None = None
+    """PEM file of CA certificates; clients must show a certificate signed by one (mutual TLS)."""
+    token_file: Path | None = None
+    """File of tokens, made by limelight token; calls must bring one of them."""
+    plaintext_tokens: bool = False
+    """Take tokens without TLS from other machines: something in front ends it."""
+    connections: int = Field(default=CONNECTIONS.connections, ge=1)
+    """Most connections at a time; one more is hung up on."""
+    connection_calls: int | None = Field(default=None, ge=1)
+    """Most calls at a time on one connection; by default twice what the server takes on in all."""
+    connection_idle: float = Field(default=CONNECTIONS.connection_idle, ge=1, le=LONGEST, allow_inf_nan=False)
+    """Seconds without a call after which a connection is closed."""
+    connection_age: float | None = Field(default=None, ge=1, le=LONGEST, allow_inf_nan=False)
+    """Seconds after which a connection takes no new calls and is closed; by default never."""
+    keepalive: float = Field(default=CONNECTIONS.keepalive, ge=1, le=LONGEST, allow_inf_nan=False)
+    """Seconds of silence after which a client is asked whether it is still there."""
+    keepalive_timeout: float = Field(default=CONNECTIONS.keepalive_timeout, ge=0.1, le=LONGEST, allow_inf_nan=False)
+    """Seconds that it has to answer; then its connection is closed."""
+    handshake: float = Field(default=CONNECTIONS.handshake, ge=0.1, le=LONGEST, allow_inf_nan=False)
+    """Seconds that a new connection has to begin with TLS and HTTP/2."""
     port_file: Path | None = None
     """Write the port here once the server answers; for scripts using port 0."""
 
@@ -90,6 +120,10 @@ class Settings(Frozen):
             admin_port=self.admin_port,
             poll=self.poll,
             watchdog=self.watchdog,
+            security=Security(**{field.name: getattr(self, field.name) for field in fields(Security)}),
+            connection_limits=ConnectionLimits(
+                **{one.name: getattr(self, one.name) for one in fields(ConnectionLimits)}
+            ),
         )
 
 

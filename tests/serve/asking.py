@@ -6,7 +6,13 @@ from typer.testing import CliRunner, Result
 from serve.ask import ask
 
 # Whatever the machine that runs the tests says of its terminal: 80 columns, no colours.
-ENVIRONMENT = {"COLUMNS": "80", "FORCE_COLOR": None, "TTY_COMPATIBLE": None, "LIMELIGHT_ADDRESS": None}
+ENVIRONMENT = {
+    "COLUMNS": "80",
+    "FORCE_COLOR": None,
+    "TTY_COMPATIBLE": None,
+    "LIMELIGHT_ADDRESS": None,
+    "LIMELIGHT_TOKEN": None,
+}
 
 
 def invoke(*arguments: str, **environment: str) -> Result:

@@ -12,7 +12,7 @@ import pytest
 from tests.reversal import Reversal
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("train", "export", "evaluate", "serve", "ask")
+COMMANDS = ("train", "export", "evaluate", "serve", "ask", "token")
 
 
 def limelight(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

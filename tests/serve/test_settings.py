@@ -35,6 +35,18 @@ OTHERS: dict[str, Any] = {
     "admin_port": 4713,
     "poll": 5.5,
     "watchdog": 2.5,
+    "tls_certificate": Path("certificate.pem"),
+    "tls_key": Path("key.pem"),
+    "tls_client_ca": Path("ca.pem"),
+    "token_file": Path("tokens"),
+    "plaintext_tokens": True,
+    "connections": 6,
+    "connection_calls": 8,
+    "connection_idle": 9.5,
+    "connection_age": 10.5,
+    "keepalive": 11.5,
+    "keepalive_timeout": 12.5,
+    "handshake": 13.5,
     "port_file": "some/file",
 }
 """Of every setting a value that is not its default."""
@@ -65,7 +77,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 
 
 def flags(values: dict[str, Any]) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return [
+        f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
+        for name, value in values.items()
+    ]
 
 
 def as_flags(tmp_path: Path, values: dict[str, Any]) -> tuple[list[str], dict[str, str]]:  # noqa: ARG001
@@ -82,9 +97,14 @@ def as_file(tmp_path: Path, values: dict[str, Any]) -> tuple[list[str], dict[str
 
 def write(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "serve.toml"
-    lines = [f"{name} = {value!r}\n" for name, value in values.items()]
-    path.write_text("".join(lines).replace("'", '"'), encoding="utf-8")
+    path.write_text("".join(f"{name} = {toml(value)}\n" for name, value in values.items()), encoding="utf-8")
     return path
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str | Path) else str(value)
 
 
 Way = Callable[[Path, dict[str, Any]], tuple[list[str], dict[str, str]]]
@@ -111,7 +131,10 @@ def test_options_hold_what_was_set() -> None:
     """By the same names, in the options or among their limits."""
     options = Settings(**OTHERS).options
     elsewhere = {"provider", "precision", "threads", "port_file"}
-    found = {name: getattr(options, name, None) or getattr(options.limits, name) for name in OTHERS.keys() - elsewhere}
+    parts = (options, options.limits, options.security, options.connection_limits)
+    found = {
+        name: next(getattr(part, name) for part in parts if hasattr(part, name)) for name in OTHERS.keys() - elsewhere
+    }
     assert found == {name: value for name, value in OTHERS.items() if name not in elsewhere}
 
 

@@ -20,8 +20,10 @@ from serve.errors import (
     ModelExistsError,
     ModelNotFoundError,
     OutOfMemoryError,
+    PermissionDeniedError,
     QueueFullError,
     ShuttingDownError,
+    UnauthenticatedError,
 )
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
@@ -40,6 +42,8 @@ ERRORS: list[tuple[Exception, grpc.StatusCode, str]] = [
     (ShuttingDownError("stopping"), grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (OutOfMemoryError("too little"), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     (ModelExistsError("there is one"), grpc.StatusCode.FAILED_PRECONDITION, "MODEL_EXISTS"),
+    (UnauthenticatedError("who?"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (PermissionDeniedError("not you"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     (BundleError("damaged"), grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
     (EngineError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
     (ZeroDivisionError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),

@@ -1,0 +1,62 @@
+"""What one connection may do: how much at a time, how long it may be silent, how often it may ping. gRPC sees to it."""
+
+from dataclasses import dataclass
+
+MEGABYTE = 1024 * 1024
+
+PING_INTERVAL = 5.0
+"""Seconds between two pings of a client, below which it is hung up on after three. gRPC's default is 300: clients that
+keep a connection alive every 10 seconds, as many do, would lose it in the midst of a long answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """What connections may do. Times are seconds."""
+
+    connections: int = 900
+    """Most at a time; one more is hung up on. A process may often open 1,024 files, and each connection is one."""
+    connection_calls: int | None = None
+    """Most calls at a time on one; more wait at the client. By default twice what the server takes on in all, so that
+    who sends too much is told so."""
+    connection_idle: float = 900.0
+    """Without a call, after which a connection is closed; clients open another when they need one."""
+    connection_age: float | None = None
+    """After which a connection takes no new calls and is closed once it has none, so that clients spread over new
+    replicas and show their certificates again; by default it may grow old."""
+    keepalive: float = 60.0
+    """Of silence, after which a client is asked whether it is still there."""
+    keepalive_timeout: float = 20.0
+    """That it has to answer; then its connection is closed, and what it asked for is given up."""
+    handshake: float = 20.0
+    """That a new connection has to say what it is: TLS and the first frames of HTTP/2."""
+
+    def arguments(self, calls: int) -> list[tuple[str, int]]:
+        """Channel arguments for gRPC's server.
+
+        Args:
+            calls: that the server takes on at a time.
+        """
+        age = (
+            [] if self.connection_age is None else [("grpc.max_connection_age_ms", _milliseconds(self.connection_age))]
+        )
+        return [
+            ("grpc.max_receive_message_length", 4 * MEGABYTE),
+            ("grpc.max_send_message_length", 256 * MEGABYTE),
+            ("grpc.max_allowed_incoming_connections", self.connections),
+            ("grpc.max_concurrent_streams", 2 * calls if self.connection_calls is None else self.connection_calls),
+            ("grpc.max_connection_idle_ms", _milliseconds(self.connection_idle)),
+            ("grpc.server_handshake_timeout_ms", _milliseconds(self.handshake)),
+            ("grpc.keepalive_time_ms", _milliseconds(self.keepalive)),
+            ("grpc.keepalive_timeout_ms", _milliseconds(self.keepalive_timeout)),
+            # The timeout above has no effect while this one, of any ping, is longer (grpc 1.85), and it is a minute.
+            ("grpc.http2.ping_timeout_ms", _milliseconds(self.keepalive_timeout)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),  # silence is what keepalive is for: no limit to our own
+            ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(PING_INTERVAL)),
+            ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake to be told of
+            *age,
+        ]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds)

@@ -1,0 +1,85 @@
+"""HTTP/2 by hand, for clients that gRPC would not be: a connection, frame by frame (RFC 9113)."""
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from tests.serve.running import PATIENCE
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, SETTINGS, PING, GOAWAY = 0, 1, 4, 6, 7
+ACKNOWLEDGED, END_STREAM, END_HEADERS = 1, 1, 4
+MAX_CONCURRENT_STREAMS = 3
+ENHANCE_YOUR_CALM = 11
+
+
+class Frame(NamedTuple):
+    """One frame."""
+
+    kind: int
+    flags: int = 0
+    payload: bytes = b""
+    stream: int = 0
+
+    @property
+    def error(self) -> int:
+        """Of a GOAWAY: the error code."""
+        return int.from_bytes(self.payload[4:8])
+
+    @property
+    def settings(self) -> dict[int, int]:
+        """Of SETTINGS."""
+        return dict(struct.iter_unpack(">HI", self.payload))
+
+
+@contextmanager
+def connection(port: int) -> Iterator[socket.socket]:
+    """A connection to this machine on which nothing has been sent."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as opened:
+        yield opened
+
+
+def begin(opened: socket.socket) -> Iterator[Frame]:
+    """Say what is to be spoken; gives what `received` does."""
+    opened.sendall(PREFACE)
+    send(opened, Frame(SETTINGS))
+    return received(opened)
+
+
+def send(opened: socket.socket, *frames: Frame) -> None:
+    """All at once."""
+    opened.sendall(b"".join(map(_encoded, frames)))
+
+
+def call(opened: socket.socket, method: str, message: bytes) -> None:
+    """Begin a call with one message, on stream 1."""
+    about = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": method,
+        ":authority": "test",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    headers = b"".join(b"\0" + _word(name) + _word(value) for name, value in about.items())
+    data = b"\0" + len(message).to_bytes(4) + message
+    send(opened, Frame(HEADERS, END_HEADERS, headers, 1), Frame(DATA, END_STREAM, data, 1))
+
+
+def _encoded(frame: Frame) -> bytes:
+    head = len(frame.payload).to_bytes(3) + bytes((frame.kind, frame.flags)) + frame.stream.to_bytes(4)
+    return head + frame.payload
+
+
+def _word(text: str) -> bytes:
+    """As HPACK writes it without compression (RFC 7541, 5.2)."""
+    return bytes((len(text),)) + text.encode()
+
+
+def received(opened: socket.socket) -> Iterator[Frame]:
+    """Each frame that comes, until the server hangs up."""
+    with opened.makefile("rb") as stream, suppress(ConnectionResetError):
+        while head := stream.read(9):
+            yield Frame(head[3], head[4], stream.read(int.from_bytes(head[:3])), int.from_bytes(head[5:]))
