@@ -94,11 +94,10 @@ class ModelFolder:
         Raises:
             BundleError: there is nothing, or something that cannot be loaded.
         """
-        entries = await self.reload()
+        entries = await self.reload() if self._root.is_dir() else []
         if not entries:
-            raise BundleError(
-                f"{self._root}: no bundle, and no folder of bundles; make one with: limelight export CHECKPOINT BUNDLE"
-            )
+            way_out = f"make one with: limelight export CHECKPOINT {self._root}"
+            raise BundleError(f"{self._root}: no bundle, and no folder of bundles; {way_out}")
         if failures := [entry.failure for entry in entries if entry.failure]:
             raise BundleError("; ".join(failures))
         self._begun = True

@@ -40,7 +40,7 @@ def test_without_arguments_it_shows_help() -> None:
         (("train", "missing.toml"), "error: missing.toml: no such configuration; the shipped ones are in configs/\n"),
         (
             ("serve", "missing"),
-            "error: missing: not a bundle, it has no bundle.json; make one with: limelight export CHECKPOINT missing\n",
+            "error: missing: no bundle, and no folder of bundles; make one with: limelight export CHECKPOINT missing\n",
         ),
         (("evaluate", "missing"), "error: missing: no such checkpoint folder\n"),
         (("ask", "x", "--temperature", "0"), "error: sampling.temperature: 0.0 is not from 0.01 to 100.0\n"),
