@@ -19,6 +19,8 @@ DEMO := build/demo
 CHECKPOINT_KEY := $(subst /,-,$(CHECKPOINT:/=))
 DEMO_BUNDLE := $(DEMO)/bundles/$(CHECKPOINT_KEY)
 BENCH_BUNDLE := build/bench/bundles/$(CHECKPOINT_KEY)
+# The protocol as clients were promised it: what they use must stay as it is.
+PROMISED := protos/promised.binpb
 # None of these words is in the shipped model's training data.
 DEMO_WORDS := podcast quokka emoji selfie doomscrolling
 # What a bundle depends on besides its checkpoint.
@@ -32,7 +34,7 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,7 +93,11 @@ check: $(READY) proto ## Format, lint, types, protocol; generated code must be w
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/buf lint
+	@$(BIN)/buf breaking --against $(PROMISED)
 	@git diff --exit-code --stat -- serve/pb || { echo "serve/pb differs from protos/: commit what make proto wrote"; exit 1; }
+
+promise: $(READY) ## Promise clients all of the protocol as it is now: from then on make check refuses to break it
+	@$(BIN)/buf build --as-file-descriptor-set --exclude-source-info --output $(PROMISED)
 
 proto: $(READY) ## Generate serve/pb from protos/
 	@PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iserve/pb=protos --python_out=. --grpc_python_out=. \

@@ -5,15 +5,16 @@ from __future__ import annotations  # grpc's classes are generic to mypy alone
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
 
 from serve.access import Access
-from serve.errors import STOPPING, QueueFullError, ShuttingDownError
+from serve.errors import STOPPING, QueueFullError, ShuttingDownError, SlowReaderError
 from serve.metrics import Metrics
 from serve.status import refuse
+from serve.wire import Writer, checked
 
 EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 """Calls that are answered even while shutting down."""
@@ -28,6 +29,7 @@ class Calls(grpc.aio.ServerInterceptor):
     Args:
         most: calls in flight, beyond which new ones are refused before anything is done for them.
         metrics: told of each call's end.
+        write_timeout: see `ServerOptions`.
         access: says who may call what; by default everybody may call everything.
 
     Attributes:
@@ -35,8 +37,9 @@ class Calls(grpc.aio.ServerInterceptor):
         in_flight: calls being answered; health and reflection do not count.
     """
 
-    def __init__(self, most: int, metrics: Metrics, access: Access | None = None) -> None:
+    def __init__(self, most: int, metrics: Metrics, write_timeout: float, access: Access | None = None) -> None:
         self._most, self._metrics, self._access = most, metrics, access or Access()
+        self._writer = Writer(write_timeout)
         self.stopping = asyncio.Event()
         self.in_flight = 0
         self._idle = asyncio.Event()
@@ -52,7 +55,8 @@ class Calls(grpc.aio.ServerInterceptor):
         if handler is None or handler_call_details.method.startswith(EXEMPT):
             return handler
         method = handler_call_details.method
-        coding = handler.request_deserializer, handler.response_serializer
+        read = checked(handler.request_deserializer, streamed=handler.request_streaming)
+        coding = read, handler.response_serializer
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._wrap_unary(method, handler.unary_unary), *coding)
         if handler.unary_stream is not None:
@@ -87,10 +91,9 @@ class Calls(grpc.aio.ServerInterceptor):
         return call
 
     def _wrap_stream(self, method: str, answer: Any) -> Any:
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._call(method, request, context):
-                async for response in answer(request, context):
-                    yield response
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            async with self._call(method, request, context), aclosing(answer(request, context)) as responses:
+                await self._writer.write(context, responses)
 
         return call
 
@@ -104,12 +107,17 @@ class Calls(grpc.aio.ServerInterceptor):
         try:
             self._access.let_in(method, context.invocation_metadata() or ())
             self._admit()
+            if isinstance(request, Exception):  # what it holds was no message
+                raise request
             yield
             code = reason = "OK"
         except Exception as error:
             refused = refuse(error, request)
             code, reason = refused.code.name, refused.reason
-            await context.abort(refused.code, refused.message, refused.metadata)
+            if isinstance(error, SlowReaderError):
+                await self._writer.end(context, refused)
+            else:
+                await context.abort(refused.code, refused.message, refused.metadata)
         finally:
             self._metrics.ended(method.rpartition("/")[2], code, reason, time.monotonic() - arrived)
 

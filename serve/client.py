@@ -44,6 +44,7 @@ from serve.from_proto import (
     FLOAT_TYPES,
     REDUCTIONS,
     read_answer,
+    read_chunked,
     read_item,
     read_model,
     read_models,
@@ -163,6 +164,21 @@ class Client:
             request = pb.GenerateRequest(model=model, source=source, search=search, attention=attention)
         with self._explained():
             return read_answer(self._stub.Generate(request, timeout=self.timeout, metadata=self._metadata))
+
+    def generate_chunked(self, source: str, *, model: str = "", **wanted: Unpack[Wanted]) -> Answer:
+        """The same answer, with attention of any size: `generate` is refused more than 64 MiB of it.
+
+        Arguments and errors as for `generate`.
+        """
+        with _sendable():
+            search, attention = _search(wanted), _attention(wanted)
+            request = pb.GenerateChunkedRequest(model=model, source=source, search=search, attention=attention)
+        with self._explained():
+            call = self._stub.GenerateChunked(request, timeout=self.timeout)
+            try:
+                return read_chunked(call)
+            finally:
+                call.cancel()
 
     def stream(
         self, source: str, *, model: str = "", **wanted: Unpack[Wanted]
@@ -291,7 +307,7 @@ class Client:
         if details.startswith(_UNREACHABLE):
             return explain_unreachable(self.address, details)
         if "larger than max" in details:
-            return f"{self.address}: {details}: ask for fewer layers and heads, a reduction or float16"
+            return f"{self.address}: {details}: ask for fewer layers and heads, a reduction, float16 or chunks"
         failed = f"{self.address}: the server failed: {details}"
         explained = {
             grpc.StatusCode.DEADLINE_EXCEEDED: f"{self.address}: no answer within {self.timeout} s: allow more time",

@@ -43,6 +43,7 @@ class AttentionWanted:
         heads: chosen heads of each family.
         reduction: the API's number.
         half: float16 instead of float32.
+        apart: values are sent apart from the answer, in chunks.
     """
 
     families: tuple[Family, ...]
@@ -50,6 +51,12 @@ class AttentionWanted:
     heads: dict[Family, tuple[int, ...]]
     reduction: "pb.Reduction.ValueType"
     half: bool
+    apart: bool = False
+
+    def size(self, family: Family, matrix: int) -> int:
+        """Bytes of a family whose matrices of one head have so many weights."""
+        count = len(self.layers[family]) * len(self.heads[family]) if self.reduction == pb.REDUCTION_NONE else 1
+        return count * matrix * (2 if self.half else 4)
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,19 @@ class Asked:
             on_settled=on_settled,
         )
 
-    def check_encoder_attention(self) -> None:
-        """Refuse, before anything is computed, encoder attention that would not fit an answer.
+    def check_attention(self, rows: int = 0) -> None:
+        """Refuse, before anything is computed, attention that would not fit an answer.
+
+        Args:
+            rows: tokens of the target; 0 where they are not known yet, and only the encoder's attention is.
 
         Raises:
             InvalidRequestError: with the size, the limit and the way out.
         """
-        if "encoder" in self.wanted.families:
-            matrices = 1
-            if self.wanted.reduction == pb.REDUCTION_NONE:
-                matrices = len(self.wanted.layers["encoder"]) * len(self.wanted.heads["encoder"])
-            refuse_large(matrices * len(self.source) ** 2 * (2 if self.wanted.half else 4))
+        columns = len(self.source)
+        matrices: dict[Family, int] = {"encoder": columns**2, "decoder": rows**2, "cross": rows * columns}
+        if not self.wanted.apart:
+            refuse_large(sum(self.wanted.size(family, matrices[family]) for family in self.wanted.families))
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
@@ -184,8 +193,13 @@ def _token_id(field: str, token: str, target: Tokenizer) -> int:
     return index
 
 
-def attention_wanted(message: pb.AttentionOptions, manifest: Manifest) -> AttentionWanted:
+def attention_wanted(message: pb.AttentionOptions, manifest: Manifest, *, apart: bool = False) -> AttentionWanted:
     """Which attention is asked for, checked against what the model has.
+
+    Args:
+        message: as asked.
+        manifest: of the model.
+        apart: as in `AttentionWanted`.
 
     Raises:
         InvalidRequestError: a family, layer, head, reduction or type that does not exist, or one asked for twice.
@@ -212,6 +226,7 @@ def attention_wanted(message: pb.AttentionOptions, manifest: Manifest) -> Attent
         {family: _chosen("heads", message.heads, shape, family) for family, shape in shapes.items()},
         message.reduction or pb.REDUCTION_NONE,
         message.float_type == pb.FLOAT_TYPE_FLOAT16,
+        apart,
     )
 
 
@@ -236,7 +251,28 @@ def _chosen(name: str, asked: Sequence[int], shape: FamilyShape, family: Family)
 
 
 def attention_message(wanted: AttentionWanted, family: Family, weights: Any) -> pb.Attention:
-    """One family on the wire.
+    """One family on the wire, without its values if these are sent apart.
+
+    Args:
+        wanted: what was asked for.
+        family: which family.
+        weights: [layer, head, row, column], all of them.
+    """
+    layers, heads = wanted.layers[family], wanted.heads[family]
+    kept_apart = (len(layers), len(heads)) if wanted.reduction == pb.REDUCTION_NONE else ()
+    return pb.Attention(
+        family=FAMILY_NUMBERS[family],
+        layers=layers,
+        heads=heads,
+        reduction=wanted.reduction,
+        shape=(*kept_apart, *weights.shape[2:]),
+        float_type=pb.FLOAT_TYPE_FLOAT16 if wanted.half else pb.FLOAT_TYPE_FLOAT32,
+        values=b"" if wanted.apart else attention_values(wanted, family, weights).tobytes(),
+    )
+
+
+def attention_values(wanted: AttentionWanted, family: Family, weights: Any) -> Any:
+    """The chosen layers and heads of a family, reduced, as they are laid out on the wire.
 
     Args:
         wanted: what was asked for.
@@ -250,15 +286,7 @@ def attention_message(wanted: AttentionWanted, family: Family, weights: Any) -> 
         chosen = chosen.mean((0, 1))
     elif wanted.reduction == pb.REDUCTION_MAX:
         chosen = chosen.max((0, 1))
-    return pb.Attention(
-        family=FAMILY_NUMBERS[family],
-        layers=layers,
-        heads=heads,
-        reduction=wanted.reduction,
-        shape=chosen.shape,
-        float_type=pb.FLOAT_TYPE_FLOAT16 if wanted.half else pb.FLOAT_TYPE_FLOAT32,
-        values=np.ascontiguousarray(chosen, "<f2" if wanted.half else "<f4").tobytes(),
-    )
+    return np.ascontiguousarray(chosen, "<f2" if wanted.half else "<f4")
 
 
 def encoder_attention(wanted: AttentionWanted, weights: Any) -> list[pb.Attention]:
@@ -334,6 +362,6 @@ def refuse_large(size: int) -> None:
     if size > LARGEST_ANSWER:
         raise InvalidRequestError(
             "attention",
-            f"{size} bytes are over the limit of {LARGEST_ANSWER} for one answer; choose fewer families, layers or "
-            "heads, reduce them, ask for float16, or, for decoder and cross-attention, use GenerateStream",
+            f"{size} bytes are over the limit of {LARGEST_ANSWER} for one message; choose fewer families, layers or "
+            "heads, reduce them, ask for float16, or use GenerateChunked, which sends attention of any size",
         )

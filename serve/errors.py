@@ -49,6 +49,10 @@ class EngineFailedError(ServeError):
     """The engine itself has died or hangs: another replica can answer."""
 
 
+class SlowReaderError(ServeError):
+    """The caller does not take what is written to its stream."""
+
+
 class OutOfMemoryError(ServeError):
     """There was not enough memory for a request, tried by itself."""
 
@@ -99,6 +103,7 @@ OUTCOMES: Mapping[type[LimelightError], Outcome] = {
     UnauthenticatedError: Outcome(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     PermissionDeniedError: Outcome(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     OutOfMemoryError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    SlowReaderError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"),
     ModelExistsError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "MODEL_EXISTS"),
     BundleError: Outcome(grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
 }

@@ -1,7 +1,9 @@
 """Protobuf to plain Python, for the client; and the names of the API's enums, for both directions."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TypeVar
 
 import grpc
@@ -50,8 +52,18 @@ FINISH_REASONS: "Mapping[FinishReason, pb.FinishReason.ValueType]" = {
 }
 
 
-def read_answer(message: pb.GenerateResponse) -> Answer:
+Apart = Mapping[tuple[int | None, int], bytearray]
+"""Values that came apart from their families, by hypothesis (None for encoder attention) and family."""
+
+NONE_APART: Apart = MappingProxyType({})
+
+
+def read_answer(message: pb.GenerateResponse, apart: Apart = NONE_APART) -> Answer:
     """The answer to a text.
+
+    Args:
+        message: the answer.
+        apart: values that are not in it.
 
     Raises:
         ServerError: the message contradicts itself, or holds what this client does not know.
@@ -62,10 +74,52 @@ def read_answer(message: pb.GenerateResponse) -> Answer:
         model=message.model.name,
         version=message.model.version,
         source_tokens=_tokens(message.source_tokens),
-        hypotheses=tuple(map(_hypothesis, message.hypotheses)),
-        attention=_attention(message.attention),
+        hypotheses=tuple(_hypothesis(one, apart, index) for index, one in enumerate(message.hypotheses)),
+        attention=_attention(message.attention, apart),
         timings=_timings(message.timings),
     )
+
+
+def read_chunked(messages: Iterable[pb.GenerateChunkedResponse]) -> Answer:
+    """The answer to a text, put together from its chunks.
+
+    Raises:
+        ServerError: as `read_answer`, or something is missing, or comes where it does not belong.
+    """
+    answer: pb.GenerateResponse | None = None
+    apart: dict[tuple[int | None, int], bytearray] = {}
+    for message in messages:
+        event = message.WhichOneof("event")
+        if event == "answer" and answer is None:
+            answer = message.answer
+            apart = _places(answer)
+        elif event == "chunk":
+            _put(apart, message.chunk)
+        elif event == "end" and answer is not None:
+            size = sum(map(len, apart.values()))
+            if size != message.end.size:
+                raise _unreadable(f"{size} bytes in chunks, and says that it sent {message.end.size}")
+            return read_answer(answer, apart)
+        else:
+            raise _unreadable(f"the event {event} where it does not belong in an answer in chunks")
+    raise _unreadable("an answer in chunks without its end")
+
+
+def _places(answer: pb.GenerateResponse) -> dict[tuple[int | None, int], bytearray]:
+    """Where values are put: nothing is there yet."""
+    places: dict[tuple[int | None, int], bytearray] = {(None, one.family): bytearray() for one in answer.attention}
+    for index, hypothesis in enumerate(answer.hypotheses):
+        places |= {(index, one.family): bytearray() for one in hypothesis.attention}
+    return places
+
+
+def _put(apart: Apart, chunk: pb.AttentionChunk) -> None:
+    place = apart.get((chunk.hypothesis if chunk.HasField("hypothesis") else None, chunk.family))
+    if place is None:
+        raise _unreadable("a chunk of attention that the answer does not name")
+    if chunk.offset != len(place):
+        raise _unreadable(f"a chunk at {chunk.offset} where {len(place)} bytes had come")
+    place += chunk.values
 
 
 def read_item(message: pb.GenerateManyResponse) -> Answer | ServerError:
@@ -222,14 +276,14 @@ def _joined(rows: Sequence[AttentionArray]) -> AttentionArray:
     return replace(rows[0], weights=weights)
 
 
-def _hypothesis(message: pb.Hypothesis) -> Hypothesis:
+def _hypothesis(message: pb.Hypothesis, apart: Apart = NONE_APART, index: int = 0) -> Hypothesis:
     return Hypothesis(
         text=message.text,
         tokens=_tokens(message.tokens),
         score=message.score,
         log_probability=message.log_probability,
         finish_reason=_name(FINISH_REASONS, message.finish_reason),
-        attention=_attention(message.attention),
+        attention=_attention(message.attention, apart, index),
     )
 
 
@@ -244,19 +298,21 @@ def _token(message: pb.Token) -> Token:
     )
 
 
-def _attention(messages: Iterable[pb.Attention]) -> dict[FamilyName, AttentionArray]:
-    arrays = map(_array, messages)
+def _attention(
+    messages: Iterable[pb.Attention], apart: Apart = NONE_APART, hypothesis: int | None = None
+) -> dict[FamilyName, AttentionArray]:
+    arrays = (_array(message, apart.get((hypothesis, message.family), message.values)) for message in messages)
     return {array.family: array for array in arrays}
 
 
-def _array(message: pb.Attention) -> AttentionArray:
+def _array(message: pb.Attention, held: bytes | bytearray) -> AttentionArray:
     # Not set means kept apart, and float32.
     reduction = _name(REDUCTIONS, message.reduction or pb.REDUCTION_NONE)
     values = np.dtype(_name(FLOAT_TYPES, message.float_type or pb.FLOAT_TYPE_FLOAT32)).newbyteorder("<")
     shape = tuple(message.shape)
-    if len(shape) != (4 if reduction == "none" else 2) or len(message.values) != np.prod(shape) * values.itemsize:
-        raise _unreadable(f"attention of shape {shape}, reduction {reduction}, in {len(message.values)} bytes")
-    weights = np.frombuffer(message.values, values).reshape(shape).astype(values.newbyteorder("="), copy=False)
+    if len(shape) != (4 if reduction == "none" else 2) or len(held) != math.prod(shape) * values.itemsize:
+        raise _unreadable(f"attention of shape {shape}, reduction {reduction}, in {len(held)} bytes")
+    weights = np.frombuffer(held, values).reshape(shape).astype(values.newbyteorder("="), copy=False)
     weights.flags.writeable = False
     return AttentionArray(
         family=_name(FAMILIES, message.family),

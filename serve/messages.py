@@ -22,8 +22,10 @@ from serve.convert import (
 from serve.jobs import Decoded, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
+Searched = pb.GenerateRequest | pb.GenerateStreamRequest | pb.GenerateChunkedRequest
 
-def understand(model: ServedModel, request: pb.GenerateRequest | pb.GenerateStreamRequest) -> Asked:
+
+def understand(model: ServedModel, request: Searched) -> Asked:
     """What a request to generate asks of a model.
 
     Raises:
@@ -42,17 +44,18 @@ def understand_pair(model: ServedModel, request: pb.ScoreRequest) -> tuple[Asked
     longest = model.manifest.limits.longest_target
     penalty = request.length_penalty if request.HasField("length_penalty") else 1.0
     asked = _asked(model, request, SearchOptions(longest=longest, length_penalty=penalty))
-    return asked, encode_text("target", request.target, model.target, longest)
+    target = encode_text("target", request.target, model.target, longest)
+    asked.check_attention(len(target))
+    return asked, target
 
 
-def _asked(
-    model: ServedModel, request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest, options: SearchOptions
-) -> Asked:
+def _asked(model: ServedModel, request: Searched | pb.ScoreRequest, options: SearchOptions) -> Asked:
     refuse_unknown_fields(request)
     manifest = model.manifest
     source = encode_text("source", request.source, model.source, manifest.limits.longest_source)
-    asked = Asked(source, options, attention_wanted(request.attention, manifest), size=request.ByteSize())
-    asked.check_encoder_attention()
+    wanted = attention_wanted(request.attention, manifest, apart=isinstance(request, pb.GenerateChunkedRequest))
+    asked = Asked(source, options, wanted, size=request.ByteSize())
+    asked.check_attention()
     return asked
 
 

@@ -75,6 +75,8 @@ class ServerOptions:
     """Port for the administrative calls, on this machine alone; 0 takes a free one, None none at all."""
     poll: float | None = None
     """Seconds between two looks at the model folder; None for none but those that are asked for."""
+    write_timeout: float = 60.0
+    """Seconds for which the client of a stream may take nothing; then its call ends."""
     watchdog: float = 60.0
     """Seconds for which the engine may compute without coming back; then the server gives it up and ends."""
     security: Security = field(default_factory=Security)
@@ -185,7 +187,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     options.security.check(options.host)
     tls, access = server_tls(options.security), Access(options.security.token_file)
     metrics = Metrics(models)
-    calls = Calls(options.most_calls, metrics, access)
+    calls = Calls(options.most_calls, metrics, options.write_timeout, access)
     server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments(options.most_calls))
     _observe(metrics, models, calls, options.limits)
     if tls is not None:

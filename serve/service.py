@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import grpc
 
 from serve.access import caller_name
+from serve.chunked import in_chunks
 from serve.convert import refuse_unknown_fields
 from serve.jobs import Caller, Decoded, Ticket, deadline_in
 from serve.many import answer_many
@@ -95,6 +96,21 @@ class LimelightService(rpc.LimelightServiceServicer):
                 self._metrics.answered(ticket, ticket.future.result())
             finally:
                 ticket.cancel()
+
+    async def GenerateChunked(
+        self,
+        request: pb.GenerateChunkedRequest,
+        context: grpc.aio.ServicerContext[pb.GenerateChunkedRequest, pb.GenerateChunkedResponse],
+    ) -> AsyncIterator[pb.GenerateChunkedResponse]:
+        """See limelight.proto."""
+        with self._models.use(request.model, request.version) as serving:
+            model = serving.model
+            asked = await self._off_loop(lambda: understand(model, request))
+            ticket = serving.engine.submit(asked.job(self._caller(context)))
+            decoded = await self._result(ticket)
+            answer = await self._off_loop(lambda: generate_response(model, asked, decoded, ticket))
+        async for event in in_chunks(answer, asked.wanted, decoded, self._off_loop):
+            yield event
 
     async def Score(
         self, request: pb.ScoreRequest, context: grpc.aio.ServicerContext[pb.ScoreRequest, pb.ScoreResponse]

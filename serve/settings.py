@@ -104,6 +104,8 @@ class Settings(Frozen):
     """Seconds that it has to answer; then its connection is closed."""
     handshake: float = Field(default=CONNECTIONS.handshake, ge=0.1, le=LONGEST, allow_inf_nan=False)
     """Seconds that a new connection has to begin with TLS and HTTP/2."""
+    write_timeout: float = Field(default=60.0, ge=0.1, allow_inf_nan=False)
+    """Seconds for which the client of a stream may read nothing; then its call ends."""
     port_file: Path | None = None
     """Write the port here once the server answers; for scripts using port 0."""
 
@@ -124,6 +126,7 @@ class Settings(Frozen):
             connection_limits=ConnectionLimits(
                 **{one.name: getattr(self, one.name) for one in fields(ConnectionLimits)}
             ),
+            write_timeout=self.write_timeout,
         )
 
 

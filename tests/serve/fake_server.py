@@ -62,7 +62,13 @@ class FakeService(LimelightServiceServicer):
     """
 
     def __init__(self) -> None:
-        self.requests: list[pb.GenerateRequest | pb.GenerateStreamRequest | pb.ScoreRequest | pb.GetModelRequest] = []
+        self.requests: list[
+            pb.GenerateRequest
+            | pb.GenerateStreamRequest
+            | pb.GenerateChunkedRequest
+            | pb.ScoreRequest
+            | pb.GetModelRequest
+        ] = []
         self.release = threading.Event()
         self.cancelled = threading.Event()
         self.aligned = True
@@ -91,6 +97,24 @@ class FakeService(LimelightServiceServicer):
             return
         del best.attention[:]
         yield pb.GenerateStreamResponse(end=pb.StreamEnd(hypotheses=whole.hypotheses))
+
+    def GenerateChunked(  # noqa: N802
+        self, request: pb.GenerateChunkedRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateChunkedResponse]:
+        """Encoder attention alone, a byte in each chunk."""
+        self.requests.append(request)
+        context.add_callback(self.cancelled.set)
+        whole = answer(request.source, request.attention, 1)
+        values = b"".join(attention.values for attention in whole.attention)
+        for attention in whole.attention:
+            attention.ClearField("values")
+        yield pb.GenerateChunkedResponse(answer=whole)
+        for offset in range(len(values)):
+            piece = values[offset : offset + 1]
+            yield pb.GenerateChunkedResponse(
+                chunk=pb.AttentionChunk(family=pb.ATTENTION_FAMILY_ENCODER, offset=offset, values=piece)
+            )
+        yield pb.GenerateChunkedResponse(end=pb.ChunkedEnd(chunks=len(values), size=len(values)))
 
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:  # noqa: N802
         self._take(request, context)

@@ -10,9 +10,10 @@ import pytest
 
 from model.errors import InvalidRequestError, LimelightError
 from serve.answers import FamilyName, FloatName, ReductionName
-from serve.client import Alignment, Answer, Client, End, FamilyShape, Piece, ServerError, Start, Token
+from serve.client import Alignment, Client, End, FamilyShape, Piece, ServerError, Start, Token
 from serve.from_proto import read_answer, read_stream
 from serve.pb.limelight.v1 import limelight_pb2 as pb
+from tests.serve.answers import assert_same
 from tests.serve.fake_server import FakeService, answer, causal_weights, cross_weights, running
 
 ALL: tuple[FamilyName, ...] = ("encoder", "decoder", "cross")
@@ -27,20 +28,6 @@ def service() -> FakeService:
 def client(service: FakeService) -> Iterator[Client]:
     with running(service) as address, Client(address) as client:
         yield client
-
-
-def assert_same(one: Answer, other: Answer) -> None:
-    assert (one.model, one.version, one.source_tokens) == (other.model, other.version, other.source_tokens)
-    arrays = [(one.attention, other.attention)]
-    for left, right in zip(one.hypotheses, other.hypotheses, strict=True):
-        assert (left.text, left.tokens, left.score) == (right.text, right.tokens, right.score)
-        assert (left.log_probability, left.finish_reason) == (right.log_probability, right.finish_reason)
-        arrays.append((left.attention, right.attention))
-    for held, expected in arrays:
-        assert held.keys() == expected.keys()
-        for family, array in expected.items():
-            assert (held[family].layers, held[family].heads) == (array.layers, array.heads)
-            np.testing.assert_array_equal(held[family].weights, array.weights, strict=True)
 
 
 def test_an_answer_is_plain_python(client: Client) -> None:
@@ -158,6 +145,17 @@ def test_a_stream_ends_with_the_answer_that_generate_gives(
     assert "".join(texts) == unary.best.text
 
 
+@pytest.mark.parametrize("float_type", ["float32", "float16"])
+def test_chunks_amount_to_the_answer_that_generate_gives(
+    client: Client, service: FakeService, float_type: FloatName
+) -> None:
+    chunked = client.generate_chunked("phone", families=["encoder"], float_type=float_type, longest=7, model="g2p")
+    assert_same(chunked, client.generate("phone", families=["encoder"], float_type=float_type))
+    asked = service.requests[0]
+    assert isinstance(asked, pb.GenerateChunkedRequest)
+    assert (asked.model, asked.search) == ("g2p", pb.SearchOptions(longest=7))
+
+
 def test_a_stream_without_attention_has_none(client: Client) -> None:
     *_, end = client.stream("phone")
     assert isinstance(end, End)
@@ -268,7 +266,9 @@ def test_an_answer_that_is_too_large_says_what_to_do(service: FakeService, monke
     with (
         running(service) as address,
         Client(address) as client,
-        pytest.raises(ServerError, match=r"larger than max.*: ask for fewer layers and heads, a reduction or float16"),
+        pytest.raises(
+            ServerError, match=r"larger than max.*: ask for fewer layers and heads, a reduction, float16 or chunks"
+        ),
     ):
         client.generate("phone" * 10, families=["encoder"])
 

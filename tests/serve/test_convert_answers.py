@@ -120,6 +120,6 @@ def test_an_answer_over_the_limit_is_refused() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check_size([half, half, pb.Attention(values=b"1")])
     assert str(caught.value) == (
-        "attention: 67108865 bytes are over the limit of 67108864 for one answer; choose fewer families, layers or "
-        "heads, reduce them, ask for float16, or, for decoder and cross-attention, use GenerateStream"
+        "attention: 67108865 bytes are over the limit of 67108864 for one message; choose fewer families, layers or "
+        "heads, reduce them, ask for float16, or use GenerateChunked, which sends attention of any size"
     )

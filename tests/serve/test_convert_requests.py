@@ -206,6 +206,6 @@ def test_a_field_that_is_not_known_is_refused(path: str) -> None:
 def test_encoder_attention_over_the_limit_is_refused_beforehand(options: dict[str, Any], longest: int) -> None:
     wanted = attention_wanted(pb.AttentionOptions(families=[ENCODER], **options), MODEL)
     search, token = SearchOptions(longest=1), Token(4, "a", 0, 1)
-    Asked([token] * longest, search, wanted).check_encoder_attention()
+    Asked([token] * longest, search, wanted).check_attention()
     with pytest.raises(InvalidRequestError, match=r"^attention: \d+ bytes are over the limit of 67108864"):
-        Asked([token] * (longest + 1), search, wanted).check_encoder_attention()
+        Asked([token] * (longest + 1), search, wanted).check_attention()

@@ -339,13 +339,16 @@ def test_options_that_rule_out_every_token_fail_alone(
     assert told == sorted(told)
 
 
-@pytest.mark.parametrize("choices", [{"prefix": (4, 12)}, {"suppressed": frozenset({12})}], ids=str)
-def test_ids_that_the_model_does_not_have_are_refused_alone(
-    make_engine: MakeEngine, steps: Gated, choices: dict[str, Any]
+@pytest.mark.parametrize("outside", [12, -1, 2**40])
+@pytest.mark.parametrize("field", ["prefix", "suppressed"])
+def test_fault_13_ids_that_the_model_does_not_have_are_refused_alone(
+    make_engine: MakeEngine, steps: Gated, field: str, outside: int
 ) -> None:
-    engine, (field,) = make_engine(), choices
+    engine = make_engine()
+    choices: dict[str, Any] = {field: (4, outside) if field == "prefix" else frozenset({outside})}
     first = occupied(engine, steps)
-    with pytest.raises(InvalidRequestError, match=rf"^{field}: 12 is not from 0 to 11 \(ids of the vocabulary\)$"):
+    message = rf"^{field}: {outside} is not from 0 to 11 \(ids of the vocabulary\)$"
+    with pytest.raises(InvalidRequestError, match=message):
         engine.submit(job(MIDDLE, options=SearchOptions(longest=16, **choices)))
     mate = engine.submit(job(LONG))
     steps.open()

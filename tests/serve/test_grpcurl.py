@@ -33,7 +33,7 @@ def test_reflection_lists_the_services(running: Running) -> None:
 
 def test_reflection_describes_every_call(running: Running) -> None:
     described = grpcurl(running, "describe", SERVICE).stdout
-    calls = ("Generate", "GenerateStream", "GenerateMany", "Score", "GetModel", "ListModels")
+    calls = ("Generate", "GenerateStream", "GenerateChunked", "GenerateMany", "Score", "GetModel", "ListModels")
     assert [name for name in calls if f"rpc {name} (" not in described] == []
 
 

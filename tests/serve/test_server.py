@@ -60,6 +60,7 @@ def test_reflection_tells_services_and_their_messages(running: Running) -> None:
     assert [method.name for method in found.service[0].method] == [
         "Generate",
         "GenerateStream",
+        "GenerateChunked",
         "GenerateMany",
         "Score",
         "GetModel",
@@ -87,34 +88,6 @@ def test_an_address_that_is_not_ours_is_told(served: ServedModel) -> None:
         begin(create_server(models_of(served), ServerOptions(host="192.0.2.1", port=0))).result(PATIENCE)
 
 
-CALLS: dict[str, Callable[..., Any]] = {"unary": generate, "stream": stream}
-
-
-@pytest.mark.parametrize("kind", CALLS)
-def test_a_cancelled_call_gives_its_row_back(gated: Running, gate: Gated, kind: str) -> None:
-    call = CALLS[kind](gated.stub)
-    gate.wait()
-    call.cancel()
-    gated.until_idle()
-    after = generate(gated.stub, "abcd")
-    gate.open()
-    assert after.result().hypotheses[0].text == "dcba"
-    assert gate.rows == [1] * 6  # one step of the cancelled call, five of the next
-
-
-@pytest.mark.parametrize("kind", CALLS)
-def test_a_deadline_gives_its_row_back(gated: Running, gate: Gated, kind: str) -> None:
-    call = CALLS[kind](gated.stub, timeout=0.5)
-    gate.wait()
-    found = status(lambda: call.result() if kind == "unary" else next(call))
-    assert found == (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
-    gated.until_idle()
-    after = generate(gated.stub, "abcd")
-    gate.open()
-    assert after.result().hypotheses[0].text == "dcba"
-    assert gate.rows == [1] * 6
-
-
 def test_a_stream_is_sent_as_it_is_decoded(gated: Running, gate: Gated) -> None:
     events = stream(gated.stub)
     gate.let()
@@ -128,7 +101,7 @@ def test_a_stream_is_sent_as_it_is_decoded(gated: Running, gate: Gated) -> None:
     assert "".join(event.token.text for event in events) == "edcba"
 
 
-def test_a_full_queue_is_told(gated: Running, gate: Gated) -> None:
+def test_fault_21_a_full_queue_is_told(gated: Running, gate: Gated) -> None:
     first = generate(gated.stub)
     gate.wait()
     done: SimpleQueue[Any] = SimpleQueue()

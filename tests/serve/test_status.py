@@ -23,6 +23,7 @@ from serve.errors import (
     PermissionDeniedError,
     QueueFullError,
     ShuttingDownError,
+    SlowReaderError,
     UnauthenticatedError,
 )
 from serve.jobs import EngineLimits
@@ -44,6 +45,7 @@ ERRORS: list[tuple[Exception, grpc.StatusCode, str]] = [
     (ModelExistsError("there is one"), grpc.StatusCode.FAILED_PRECONDITION, "MODEL_EXISTS"),
     (UnauthenticatedError("who?"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
     (PermissionDeniedError("not you"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    (SlowReaderError("nothing was read"), grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"),
     (BundleError("damaged"), grpc.StatusCode.FAILED_PRECONDITION, "BAD_BUNDLE"),
     (EngineError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
     (ZeroDivisionError("a secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),

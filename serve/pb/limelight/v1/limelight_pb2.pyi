@@ -380,7 +380,9 @@ class Attention(_message.Message):
     float_type: Global___FloatType.ValueType
     """Type of the values."""
     values: _builtins.bytes
-    """The values, little-endian, the last axis fastest."""
+    """The values, little-endian, the last axis fastest; at most 64 MiB in one answer. Empty in the answer of
+    GenerateChunked, whose chunks hold them.
+    """
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Layers it holds, or was reduced from."""
@@ -883,6 +885,150 @@ class GenerateStreamResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y015
+
+@_typing.final
+class GenerateChunkedRequest(_message.Message):
+    """A text to answer with attention of any size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    SEARCH_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model; empty for the one that is served."""
+    source: _builtins.str
+    """The source text."""
+    version: _builtins.str
+    """Version of the model; empty for its newest: the highest where versions are numbers, else the one loaded last."""
+    @_builtins.property
+    def search(self) -> Global___SearchOptions:
+        """How to search."""
+
+    @_builtins.property
+    def attention(self) -> Global___AttentionOptions:
+        """Which attention to return, with every hypothesis."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        source: _builtins.str = ...,
+        search: Global___SearchOptions | None = ...,
+        attention: Global___AttentionOptions | None = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "search", b"search"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "model", b"model", "search", b"search", "source", b"source", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateChunkedRequest: _TypeAlias = GenerateChunkedRequest  # noqa: Y015
+
+@_typing.final
+class AttentionChunk(_message.Message):
+    """A part of the values of one family of attention. Chunks come in the order of the families in the answer: those of the
+    encoder, then those of each hypothesis, best first; and within a family in the order of its values, without a gap.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAMILY_FIELD_NUMBER: _builtins.int
+    HYPOTHESIS_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    family: Global___AttentionFamily.ValueType
+    """Which family."""
+    hypothesis: _builtins.int
+    """Whose it is: index of the hypothesis in the answer, from 0; not set for encoder attention."""
+    offset: _builtins.int
+    """Bytes of this family's values that came before."""
+    values: _builtins.bytes
+    """The next bytes of them, at most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        family: Global___AttentionFamily.ValueType = ...,
+        hypothesis: _builtins.int | None = ...,
+        offset: _builtins.int = ...,
+        values: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hypothesis", b"_hypothesis", "hypothesis", b"hypothesis"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hypothesis", b"_hypothesis", "family", b"family", "hypothesis", b"hypothesis", "offset", b"offset", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__hypothesis: _TypeAlias = _typing.Literal["hypothesis"]  # noqa: Y015
+    _WhichOneofArgType__hypothesis: _TypeAlias = _typing.Literal["_hypothesis", b"_hypothesis"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hypothesis) -> _WhichOneofReturnType__hypothesis | None: ...
+
+Global___AttentionChunk: _TypeAlias = AttentionChunk  # noqa: Y015
+
+@_typing.final
+class ChunkedEnd(_message.Message):
+    """The end of an answer in chunks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    chunks: _builtins.int
+    """How many chunks there were."""
+    size: _builtins.int
+    """Bytes of values in all of them."""
+    def __init__(
+        self,
+        *,
+        chunks: _builtins.int = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChunkedEnd: _TypeAlias = ChunkedEnd  # noqa: Y015
+
+@_typing.final
+class GenerateChunkedResponse(_message.Message):
+    """One event of an answer in chunks: the answer, the chunks, an end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answer(self) -> Global___GenerateResponse:
+        """First of all: the answer as Generate gives it, without the values of its attention."""
+
+    @_builtins.property
+    def chunk(self) -> Global___AttentionChunk:
+        """The values, where attention was asked for."""
+
+    @_builtins.property
+    def end(self) -> Global___ChunkedEnd:
+        """Last of all."""
+
+    def __init__(
+        self,
+        *,
+        answer: Global___GenerateResponse | None = ...,
+        chunk: Global___AttentionChunk | None = ...,
+        end: Global___ChunkedEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "chunk", b"chunk", "end", b"end", "event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "chunk", b"chunk", "end", b"end", "event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["answer", "chunk", "end"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___GenerateChunkedResponse: _TypeAlias = GenerateChunkedResponse  # noqa: Y015
 
 @_typing.final
 class ScoreRequest(_message.Message):

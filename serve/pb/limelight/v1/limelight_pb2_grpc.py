@@ -30,7 +30,8 @@ class LimelightServiceStub:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
+    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
     find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
     server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
@@ -50,6 +51,11 @@ class LimelightServiceStub:
                 '/limelight.v1.LimelightService/GenerateStream',
                 request_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamResponse.FromString,
+                _registered_method=True)
+        self.GenerateChunked = channel.unary_stream(
+                '/limelight.v1.LimelightService/GenerateChunked',
+                request_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateChunkedRequest.SerializeToString,
+                response_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateChunkedResponse.FromString,
                 _registered_method=True)
         self.GenerateMany = channel.stream_stream(
                 '/limelight.v1.LimelightService/GenerateMany',
@@ -78,7 +84,8 @@ class LimelightServiceServicer:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
+    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
     find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
     server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
@@ -93,6 +100,14 @@ class LimelightServiceServicer:
     def GenerateStream(self, request, context):
         """The same, each token sent with its attention row as soon as it is certain: at once under greedy search; under beam
         search, when every hypothesis still in play shares it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateChunked(self, request, context):
+        """The answer that Generate gives, with attention of any size: first all of it but the values of the attention, then
+        these in chunks, then a summary. A chunk is made when the client has taken the one before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +155,11 @@ def add_LimelightServiceServicer_to_server(servicer, server):
                     request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamRequest.FromString,
                     response_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamResponse.SerializeToString,
             ),
+            'GenerateChunked': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateChunked,
+                    request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateChunkedRequest.FromString,
+                    response_serializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateChunkedResponse.SerializeToString,
+            ),
             'GenerateMany': grpc.stream_stream_rpc_method_handler(
                     servicer.GenerateMany,
                     request_deserializer=serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateManyRequest.FromString,
@@ -173,7 +193,8 @@ class LimelightService:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
+    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
     find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
     server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
@@ -222,6 +243,33 @@ class LimelightService:
             '/limelight.v1.LimelightService/GenerateStream',
             serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamRequest.SerializeToString,
             serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateChunked(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/limelight.v1.LimelightService/GenerateChunked',
+            serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateChunkedRequest.SerializeToString,
+            serve_dot_pb_dot_limelight_dot_v1_dot_limelight__pb2.GenerateChunkedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,7 +31,8 @@ class LimelightServiceStub:
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
+    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
     find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
     server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
@@ -45,6 +46,10 @@ class LimelightServiceStub:
     GenerateStream: _grpc.UnaryStreamMultiCallable[_limelight_pb2.GenerateStreamRequest, _limelight_pb2.GenerateStreamResponse]
     """The same, each token sent with its attention row as soon as it is certain: at once under greedy search; under beam
     search, when every hypothesis still in play shares it.
+    """
+    GenerateChunked: _grpc.UnaryStreamMultiCallable[_limelight_pb2.GenerateChunkedRequest, _limelight_pb2.GenerateChunkedResponse]
+    """The answer that Generate gives, with attention of any size: first all of it but the values of the attention, then
+    these in chunks, then a summary. A chunk is made when the client has taken the one before it.
     """
     GenerateMany: _grpc.StreamStreamMultiCallable[_limelight_pb2.GenerateManyRequest, _limelight_pb2.GenerateManyResponse]
     """Answer many source texts over one stream. Each has its own answer or error, sent as soon as it is ready, in any order;
@@ -63,7 +68,8 @@ class LimelightServiceAsyncStub(LimelightServiceStub):
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
+    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
     find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
     server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
@@ -74,6 +80,10 @@ class LimelightServiceAsyncStub(LimelightServiceStub):
     GenerateStream: _aio.UnaryStreamMultiCallable[_limelight_pb2.GenerateStreamRequest, _limelight_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """The same, each token sent with its attention row as soon as it is certain: at once under greedy search; under beam
     search, when every hypothesis still in play shares it.
+    """
+    GenerateChunked: _aio.UnaryStreamMultiCallable[_limelight_pb2.GenerateChunkedRequest, _limelight_pb2.GenerateChunkedResponse]  # type: ignore[assignment]
+    """The answer that Generate gives, with attention of any size: first all of it but the values of the attention, then
+    these in chunks, then a summary. A chunk is made when the client has taken the one before it.
     """
     GenerateMany: _aio.StreamStreamMultiCallable[_limelight_pb2.GenerateManyRequest, _limelight_pb2.GenerateManyResponse]  # type: ignore[assignment]
     """Answer many source texts over one stream. Each has its own answer or error, sent as soon as it is ready, in any order;
@@ -91,7 +101,8 @@ class LimelightServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
     NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. Programs
+    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
+    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
     find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
     server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
     """
@@ -112,6 +123,16 @@ class LimelightServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_limelight_pb2.GenerateStreamResponse], _abc.AsyncIterator[_limelight_pb2.GenerateStreamResponse]]:
         """The same, each token sent with its attention row as soon as it is certain: at once under greedy search; under beam
         search, when every hypothesis still in play shares it.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateChunked(
+        self,
+        request: _limelight_pb2.GenerateChunkedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_limelight_pb2.GenerateChunkedResponse], _abc.AsyncIterator[_limelight_pb2.GenerateChunkedResponse]]:
+        """The answer that Generate gives, with attention of any size: first all of it but the values of the attention, then
+        these in chunks, then a summary. A chunk is made when the client has taken the one before it.
         """
 
     @_abc_1.abstractmethod
