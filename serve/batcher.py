@@ -22,6 +22,7 @@ from model.search import STEPS_AHEAD, Decoding, Hypothesis, Sentence
 from model.steps import Family, Memory, StepModel
 from serve.errors import EngineError, ExpiredError, OutOfMemoryError, ServeError
 from serve.jobs import Decoded, EngineLimits, Ticket
+from serve.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class Batcher:
                 kind = Kind(width, shortlist, alone)
                 self._join(kind, memory, indices, chosen, [begun[index] for index in indices])
         except Exception as error:
-            log.exception("a batch of %d could not be read", len(tickets))
+            log.exception("a batch of %d could not be read", len(tickets), extra=_about(tickets))
             self._failed(tickets, error)
 
     def _join(
@@ -162,7 +163,9 @@ class Batcher:
         try:
             lane.join(memory, indices, tickets, begun)
         except Exception as error:
-            log.exception("%d sentences could not join %d others", len(tickets), len(lane.tickets))
+            log.exception(
+                "%d sentences could not join %d others", len(tickets), len(lane.tickets), extra=_about(tickets)
+            )
             self._failed(list(dict.fromkeys([*tickets, *lane.tickets])), error)
             del self._lanes[kind]  # half joined, it is of no use to anybody
 
@@ -178,7 +181,7 @@ class Batcher:
                     self.counts.steps += taken
                     self.counts.row_steps += taken * rows
             except Exception as error:
-                log.exception("a step of %d rows failed", lane.decoding.rows)
+                log.exception("a step of %d rows failed", lane.decoding.rows, extra=_about(lane.tickets))
                 self._failed(lane.tickets, error)
                 del self._lanes[kind]
             else:
@@ -300,7 +303,7 @@ class Lane:
             if ticket.job.on_settled is not None:
                 ticket.job.on_settled(begun, self.decoding.settled(sentence))
         except Exception:  # one listener's fault must not reach its batch mates
-            log.exception("a stream's listener failed")
+            log.exception("a stream's listener failed", extra=_about([ticket]))
             ticket.fail(EngineError("the stream could not be written"))
             ticket.cancel()
 
@@ -311,7 +314,7 @@ def _deliver(ticket: Ticket, begun: Decoded, results: Callable[[], list[Any]]) -
     except InvalidRequestError as error:
         ticket.fail(error)
     except Exception as error:  # it has left its lane, where nobody else would answer for it
-        log.exception("the results of a search could not be put together")
+        log.exception("the results of a search could not be put together", extra=_about([ticket]))
         ticket.fail(_failure(error))
 
 
@@ -331,6 +334,10 @@ def _only(families: frozenset[Family], hypothesis: Hypothesis) -> Hypothesis:
         cross_attention=hypothesis.cross_attention if "cross" in families else None,
         decoder_attention=hypothesis.decoder_attention if "decoder" in families else None,
     )
+
+
+def _about(tickets: Sequence[Ticket]) -> dict[str, Any]:
+    return about(ticket.request for ticket in tickets)
 
 
 def _given_up(ticket: Ticket) -> bool:

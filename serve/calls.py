@@ -3,16 +3,15 @@
 from __future__ import annotations  # grpc's classes are generic to mypy alone
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
 
-from serve.access import Access
+from serve.access import Access, caller_name
 from serve.errors import STOPPING, QueueFullError, ShuttingDownError, SlowReaderError
-from serve.metrics import Metrics
+from serve.observer import Observer
 from serve.status import refuse
 from serve.wire import Writer, checked
 
@@ -28,7 +27,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     Args:
         most: calls in flight, beyond which new ones are refused before anything is done for them.
-        metrics: told of each call's end.
+        observer: told of each call's beginning and end.
         write_timeout: see `ServerOptions`.
         access: says who may call what; by default everybody may call everything.
 
@@ -37,8 +36,8 @@ class Calls(grpc.aio.ServerInterceptor):
         in_flight: calls being answered; health and reflection do not count.
     """
 
-    def __init__(self, most: int, metrics: Metrics, write_timeout: float, access: Access | None = None) -> None:
-        self._most, self._metrics, self._access = most, metrics, access or Access()
+    def __init__(self, most: int, observer: Observer, write_timeout: float, access: Access | None = None) -> None:
+        self._most, self._observer, self._access = most, observer, access or Access()
         self._writer = Writer(write_timeout)
         self.stopping = asyncio.Event()
         self.in_flight = 0
@@ -102,24 +101,25 @@ class Calls(grpc.aio.ServerInterceptor):
         self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[None]:
         """What every call goes through: counted in and out, admitted, its error told."""
-        arrived, code, reason = time.monotonic(), "CANCELLED", "CANCELLED"
+        call, code, reason = self._observer.begun(method, context), grpc.StatusCode.CANCELLED, "CANCELLED"
         self._enter(context)
         try:
             self._access.let_in(method, context.invocation_metadata() or ())
+            call.client = caller_name() or call.client
             self._admit()
             if isinstance(request, Exception):  # what it holds was no message
                 raise request
             yield
-            code = reason = "OK"
+            code, reason = grpc.StatusCode.OK, "OK"
         except Exception as error:
             refused = refuse(error, request)
-            code, reason = refused.code.name, refused.reason
+            code, reason = refused.code, refused.reason
             if isinstance(error, SlowReaderError):
                 await self._writer.end(context, refused)
             else:
                 await context.abort(refused.code, refused.message, refused.metadata)
         finally:
-            self._metrics.ended(method.rpartition("/")[2], code, reason, time.monotonic() - arrived)
+            call.ended(code, reason)
 
     def _admit(self) -> None:
         if self.draining:

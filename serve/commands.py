@@ -4,16 +4,15 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from serve.bundle import load_model
 from serve.folder import Load, ModelFolder
+from serve.logs import written
 from serve.models import Models
 from serve.server import Server, serve_until_signal
 from serve.settings import PREFIX, Settings, read_settings, with_flags
@@ -41,16 +40,15 @@ def serve(
     flag goes before a variable, and that before the file.
     """
     settings = read_settings(config, given, os.environ)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     load = partial(load_model, provider=settings.provider, precision=settings.precision, threads=settings.threads)
     _run(bundle, load, settings)
 
 
 def _run(root: Path, load: Load, settings: Settings) -> None:
-    finished = asyncio.run(_serve(root, load, settings))
+    with written(settings.log_format, settings.log_level):
+        finished = asyncio.run(_serve(root, load, settings))
     if not finished:
         # The engine's thread may be deep in a run that nothing can join: leave without tearing the interpreter down.
-        logging.shutdown()
         os._exit(1)
 
 
@@ -75,13 +73,10 @@ async def _serve(root: Path, load: Load, settings: Settings) -> bool:
 
 
 def _announce(server: Server, address: str, needed: str) -> None:
-    console = Console(stderr=True)
     for serving in server.models:
-        console.print(
-            f"[bold]{serving.name}[/bold] {serving.version} ({serving.model.precision}, {serving.model.provider}, "
-            f"{serving.model.threads} threads) on [bold]{address}[/bold]; ask it: limelight ask TEXT -a {address}"
-            f"{needed}"
-        )
+        model = serving.model
+        what = f"{serving.name} {serving.version} ({model.precision}, {model.provider}, {model.threads} threads)"
+        log.info("%s on %s; ask it: limelight ask TEXT -a %s%s", what, address, address, needed)
 
 
 def _write_port(path: Path, port: int) -> None:

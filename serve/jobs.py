@@ -15,6 +15,7 @@ from model.errors import InvalidRequestError
 from model.hypotheses import Hypothesis, Node
 from model.options import SearchOptions
 from model.steps import NO_FAMILIES, Family
+from serve.request import Request, current
 
 PATIENCE = 30.0
 """Seconds within which a job without a deadline is due: it waits for more urgent ones, but not for ever."""
@@ -149,10 +150,12 @@ class Ticket:
 
     Attributes:
         future: its result, or what went wrong.
+        request: the call that it is for; None where it is for none.
     """
 
     job: Job
     future: "Future[Decoded]" = field(default_factory=Future)
+    request: Request | None = field(default_factory=current)
     _arrived: float = field(default_factory=time.monotonic)
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _begun: float | None = None
@@ -183,6 +186,11 @@ class Ticket:
     def due(self) -> float:
         """Second of `time.monotonic` by which it should have had its turn."""
         return self._arrived + PATIENCE if self.job.deadline is None else self.job.deadline
+
+    @property
+    def age(self) -> float:
+        """Seconds since it arrived."""
+        return time.monotonic() - self._arrived
 
     @property
     def timings(self) -> Timings:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from serve.errors import AddressError
 from serve.jobs import Decoded, Ticket
+from serve.logs import DROPPED
 from serve.models import Models
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -40,15 +41,15 @@ class Metrics:
         )
         self._latency = self._histogram("request", "From the arrival of a call to its end.", ["method"])
         self._queue = self._histogram("queue", "In the queue of the engine.")
+        self._decode = self._histogram("decode", "From there until the result was ready.")
         self._first = self._histogram("first_token", "From the arrival of a stream's call to its first token.")
         self._between = self._histogram("between_tokens", "From one token of a stream to the next.")
         self._tokens = Counter(
             "limelight_generated_tokens", "Tokens of the best hypotheses of searches.", registry=self.registry
         )
         self.registry.register(_Served(models))
-        self._lag = Gauge(
-            "limelight_loop_lag_seconds", "How late the event loop was when last looked at.", registry=self.registry
-        )
+        self._lag = self._histogram("loop_lag", "How late the event loop was, looked at four times a second.")
+        self.registry.register(DROPPED)
         ProcessCollector(registry=self.registry)
 
     def _histogram(self, name: str, what: str, labels: list[str] | None = None) -> Histogram:
@@ -70,6 +71,7 @@ class Metrics:
     def answered(self, ticket: Ticket, decoded: Decoded) -> None:
         """The engine has answered."""
         self._queue.observe(ticket.timings.queue)
+        self._decode.observe(ticket.timings.decode)
         if ticket.job.target is None:
             self._tokens.inc(len(decoded.hypotheses[0].tokens))
 
@@ -89,7 +91,7 @@ class Metrics:
         while True:
             before = time.monotonic()
             await asyncio.sleep(LOOP_LAG)
-            self._lag.set(max(0.0, time.monotonic() - before - LOOP_LAG))
+            self._lag.observe(max(0.0, time.monotonic() - before - LOOP_LAG))
 
     def serve(self, host: str, port: int) -> Scraped:
         """Answer scrapes over HTTP from a thread of its own.

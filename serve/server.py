@@ -10,6 +10,7 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,12 +24,17 @@ from serve.engine import Engine
 from serve.errors import AddressError
 from serve.folder import ModelFolder
 from serve.jobs import EngineLimits
+from serve.logs import Format, Level
 from serve.metrics import Metrics, Scraped
 from serve.models import Models
+from serve.observer import Observer
 from serve.pb.limelight.v1 import admin_pb2_grpc, limelight_pb2, limelight_pb2_grpc
 from serve.security import Security
 from serve.service import LimelightService
 from serve.tls import Tls, server_tls
+
+if TYPE_CHECKING:
+    from serve.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +89,12 @@ class ServerOptions:
     """Who may ask, and over what."""
     connection_limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     """What one connection may do."""
+    log_format: Format = "text"
+    """Of the log's lines: for people, or one JSON object each."""
+    log_level: Level = "info"
+    """What is less important is not logged."""
+    otlp_endpoint: str | None = None
+    """URL of the OpenTelemetry collector that traces go to; None where calls are not traced."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Parts:
     folder: ModelFolder | None
     metrics: Metrics
     scraped: Scraped | None
+    observer: Observer
 
 
 class Server:
@@ -160,6 +173,7 @@ class Server:
         stopped = await self.models.stop(1.0)
         if self._parts.scraped is not None:
             await asyncio.to_thread(self._parts.scraped.stop)
+        await asyncio.to_thread(self._parts.observer.stop, FLUSH)
         return finished and stopped
 
     async def wait(self) -> None:
@@ -187,7 +201,8 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     options.security.check(options.host)
     tls, access = server_tls(options.security), Access(options.security.token_file)
     metrics = Metrics(models)
-    calls = Calls(options.most_calls, metrics, options.write_timeout, access)
+    observer = Observer(metrics, options.client_header, _tracing(options.otlp_endpoint))
+    calls = Calls(options.most_calls, observer, options.write_timeout, access)
     server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments(options.most_calls))
     _observe(metrics, models, calls, options.limits)
     if tls is not None:
@@ -208,8 +223,16 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
         log.info("metrics on http://%s:%d/metrics", options.authority, scraped.port)
     for name in ("", SERVICE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    parts = Parts(server, administration, servicer, calls, models, folder, metrics, scraped)
+    parts = Parts(server, administration, servicer, calls, models, folder, metrics, scraped, observer)
     return Server(parts, options, port, admin_port)
+
+
+def _tracing(endpoint: str | None) -> Tracing | None:
+    if endpoint is None:
+        return None
+    from serve.tracing import Tracing, exporter_to  # noqa: PLC0415  # only who traces needs its packages
+
+    return Tracing(exporter_to(endpoint))
 
 
 def _administration(

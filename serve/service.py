@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import grpc
@@ -25,9 +26,10 @@ from serve.messages import (
     version_message,
 )
 from serve.metrics import Metrics
-from serve.models import Models
+from serve.models import Models, Serving
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1 import limelight_pb2_grpc as rpc
+from serve.request import job_ended
 from serve.stream import TokenStream
 
 Result = TypeVar("Result")
@@ -96,6 +98,7 @@ class LimelightService(rpc.LimelightServiceServicer):
                 self._metrics.answered(ticket, ticket.future.result())
             finally:
                 ticket.cancel()
+                job_ended(ticket, serving)
 
     async def GenerateChunked(
         self,
@@ -107,7 +110,7 @@ class LimelightService(rpc.LimelightServiceServicer):
             model = serving.model
             asked = await self._off_loop(lambda: understand(model, request))
             ticket = serving.engine.submit(asked.job(self._caller(context)))
-            decoded = await self._result(ticket)
+            decoded = await self._result(serving, ticket)
             answer = await self._off_loop(lambda: generate_response(model, asked, decoded, ticket))
         async for event in in_chunks(answer, asked.wanted, decoded, self._off_loop):
             yield event
@@ -121,7 +124,7 @@ class LimelightService(rpc.LimelightServiceServicer):
             asked, target = await self._off_loop(lambda: understand_pair(model, request))
             ids = [token.id for token in target]
             ticket = serving.engine.submit(asked.job(self._caller(context), target=ids))
-            decoded = await self._result(ticket)
+            decoded = await self._result(serving, ticket)
             return await self._off_loop(lambda: score_response(model, asked, request.target, decoded, ticket))
 
     async def GetModel(
@@ -148,19 +151,20 @@ class LimelightService(rpc.LimelightServiceServicer):
             model = serving.model
             asked = await self._off_loop(lambda: understand(model, request))
             ticket = serving.engine.submit(asked.job(caller))
-            decoded = await self._result(ticket)
+            decoded = await self._result(serving, ticket)
             return await self._off_loop(lambda: generate_response(model, asked, decoded, ticket))
 
-    async def _result(self, ticket: Ticket) -> Decoded:
+    async def _result(self, serving: Serving, ticket: Ticket) -> Decoded:
         try:
             decoded = await asyncio.wrap_future(ticket.future)
         finally:
             ticket.cancel()  # harmless when done; frees the row when the caller is gone
+            job_ended(ticket, serving)
         self._metrics.answered(ticket, decoded)
         return decoded
 
     async def _off_loop(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, work)
 
 
 def client_of(context: grpc.aio.ServicerContext[Any, Any], header: str | None) -> str:

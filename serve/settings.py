@@ -21,6 +21,7 @@ from model.config import Frozen, describe
 from model.errors import ConfigError
 from serve.connections import ConnectionLimits
 from serve.jobs import EngineLimits
+from serve.logs import Format, Level
 from serve.security import Security
 from serve.server import ServerOptions
 
@@ -106,6 +107,12 @@ class Settings(Frozen):
     """Seconds that a new connection has to begin with TLS and HTTP/2."""
     write_timeout: float = Field(default=60.0, ge=0.1, allow_inf_nan=False)
     """Seconds for which the client of a stream may read nothing; then its call ends."""
+    log_format: Format = "text"
+    """Of the log on standard error; json has one object a line."""
+    log_level: Level = "info"
+    """What is less important is not logged; info has a line for each call."""
+    otlp_endpoint: str | None = Field(default=None, pattern="^https?://")
+    """URL of an OpenTelemetry collector (OTLP over HTTP) that traces go to; none if left out."""
     port_file: Path | None = None
     """Write the port here once the server answers; for scripts using port 0."""
 
@@ -127,6 +134,9 @@ class Settings(Frozen):
                 **{one.name: getattr(self, one.name) for one in fields(ConnectionLimits)}
             ),
             write_timeout=self.write_timeout,
+            log_format=self.log_format,
+            log_level=self.log_level,
+            otlp_endpoint=self.otlp_endpoint,
         )
 
 

@@ -7,7 +7,7 @@ fault; `RetryInfo`, and the metadata that gRPC's own retries obey, where trying 
 from __future__ import annotations  # grpc's classes are generic to mypy alone
 
 import logging
-import uuid
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from google.rpc.status_pb2 import Status
 
 from model.errors import InvalidRequestError
 from serve.errors import UNKNOWN_FAULT, QueueFullError, outcome_of
+from serve.request import ID_KEY, current
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Refusal:
             pushback.append((PUSHBACK_KEY, str(milliseconds)))
         details.append(ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=about))
         status = Status(code=self.code.value[0], message=self.message, details=map(_packed, details))
-        return ((DETAILS_KEY, status.SerializeToString()), *pushback)
+        return ((DETAILS_KEY, status.SerializeToString()), (ID_KEY, self.request_id), *pushback)
 
     @property
     def unexpected(self) -> bool:
@@ -75,8 +76,9 @@ class Refusal:
 
 
 def refuse(error: Exception, request: object) -> Refusal:
-    """What to tell of an error, as `refusal`; what is no client's fault is logged, under an id of its own."""
-    request_id = uuid.uuid4().hex[:12]
+    """What to tell of an error, as `refusal`; what is no client's fault is logged, under the call's id."""
+    called = current()
+    request_id = secrets.token_hex(6) if called is None else called.id
     refused = refusal(error, request, request_id)
     if refused.unexpected:
         log.error("request %s failed", request_id, exc_info=error)

@@ -32,7 +32,7 @@ def assert_idle(running: Running) -> None:
 
 def ended(running: Running, code: str, reason: str) -> float:
     """Calls that have ended so, as the metrics count them."""
-    samples = (sample for family in running.server._calls._metrics.registry.collect() for sample in family.samples)
+    samples = (sample for family in running.server._parts.metrics.registry.collect() for sample in family.samples)
     wanted = {"code": code, "reason": reason}
     return sum(
         sample.value

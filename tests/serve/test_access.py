@@ -25,6 +25,7 @@ from serve.folder import ModelFolder
 from serve.jobs import EngineLimits, Job, Ticket
 from serve.metrics import Metrics
 from serve.models import Models
+from serve.observer import Observer
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.admin_pb2 import ListEntriesRequest
 from serve.pb.limelight.v1.admin_pb2_grpc import AdminServiceStub
@@ -223,7 +224,7 @@ def test_methods_of_every_kind_are_guarded(served: ServedModel, file: Path, kind
         return b"".join(found) if kind.endswith("stream") else found
 
     async def start() -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(interceptors=[Calls(1, Metrics(models_of(served)), 60.0, Access(file))])
+        server = grpc.aio.server(interceptors=[Calls(1, Observer(Metrics(models_of(served))), 60.0, Access(file))])
         server.add_generic_rpc_handlers([Yes()])
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

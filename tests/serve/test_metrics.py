@@ -2,23 +2,23 @@
 
 import dataclasses
 import logging
+import shutil
 import socket
-import urllib.request
+import subprocess
 from collections.abc import Iterator
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from serve.bundle import ServedModel
 from serve.errors import AddressError
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.server import ServerOptions, create_server
+from tests.serve.jobs import MIDDLE, SHORT, job, tokens
 from tests.serve.running import PATIENCE, Running, begin, generate, models_of, score, serving, stream
+from tests.serve.scraping import families, open_families, page, scrape, value
 from tests.serve.steps import Echo, Gated
-
-Figures = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 @pytest.fixture
@@ -27,24 +27,6 @@ def scraped(served: ServedModel) -> Iterator[tuple[Running, Gated]]:
     with serving(dataclasses.replace(served, steps=steps), EngineLimits(queue=1), metrics_port=0) as running:
         yield running, steps
         steps.open()
-
-
-def scrape(running: Running) -> Figures:
-    """Every sample, by its name and labels."""
-    port = running.server.metrics_port
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
-        text = answer.read().decode()
-    families = list(text_string_to_metric_families(text))
-    assert all(family.documentation for family in families)
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in families
-        for sample in family.samples
-    }
-
-
-def value(figures: Figures, name: str, /, **labels: str) -> float:
-    return figures.get((f"limelight_{name}", tuple(sorted(labels.items()))), 0.0)
 
 
 def test_each_call_is_counted_by_its_reason(scraped: tuple[Running, Gated]) -> None:
@@ -71,7 +53,7 @@ def test_each_call_is_counted_by_its_reason(scraped: tuple[Running, Gated]) -> N
     assert value(figures, "items_total", code="OK", reason="OK") == 1
     assert value(figures, "items_total", code="INVALID_ARGUMENT", reason="INVALID_FIELD") == 1
     assert value(figures, "request_seconds_count", method="Generate") == 3
-    assert value(figures, "queue_seconds_count") == 4
+    assert value(figures, "queue_seconds_count") == value(figures, "decode_seconds_count") == 4
     assert value(figures, "first_token_seconds_count") == 1
     assert value(figures, "between_tokens_seconds_count") == 3  # three letters and the end token
     assert value(figures, "generated_tokens_total") == 3 + 4 + 3  # what is scored is not generated
@@ -116,7 +98,57 @@ def test_the_model_and_the_process_are_told(scraped: tuple[Running, Gated], serv
     about = {"name": manifest.name, "version": manifest.version, "precision": "fp32", "provider": "cpu"}
     assert value(figures, "model_info", **about) == 1
     assert figures["process_resident_memory_bytes", ()] > 1e7
-    assert ("limelight_loop_lag_seconds", ()) in figures
+    assert figures["process_max_fds", ()] > figures["process_open_fds", ()] > 0
+
+
+def test_the_event_loop_is_looked_at_again_and_again(scraped: tuple[Running, Gated]) -> None:
+    running, _ = scraped
+    looks: list[float] = []
+    while len(set(looks)) < 3:
+        looks.append(value(scrape(running), "loop_lag_seconds_count"))
+    assert looks == sorted(looks)
+    assert value(scrape(running), "loop_lag_seconds_bucket", le="+Inf") >= looks[-1]
+
+
+def test_both_formats_are_as_their_parsers_want_them(scraped: tuple[Running, Gated]) -> None:
+    running, steps = scraped
+    steps.open()
+    assert generate(running.stub, "ab").result(PATIENCE)
+    running.until_idle()
+    told = families(running)
+    assert all(family.documentation for family in told)
+    kinds = {family.name: family.type for family in told}
+    assert len(kinds) == len(told)
+    assert [name for name in kinds if not name.startswith(("limelight_", "process_"))] == []
+    # When a series began is a figure of its own in the older format, and a part of the series in the newer one.
+    opened = {family.name: family.type for family in open_families(running)}
+    assert opened == {name: kind for name, kind in kinds.items() if not name.endswith("_created")}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_has_nothing_to_say(scraped: tuple[Running, Gated]) -> None:
+    running, steps = scraped
+    steps.open()
+    assert generate(running.stub, "ab").result(PATIENCE)
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=page(running), capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_how_full_batches_are_and_what_padding_costs(served: ServedModel) -> None:
+    steps = Gated(Echo())
+    with serving(dataclasses.replace(served, steps=steps), metrics_port=0) as running:
+        first = generate(running.stub, "a")
+        steps.wait()
+        others = [running.engine.submit(job(source)) for source in (SHORT, MIDDLE)]
+        steps.open()
+        assert first.result(PATIENCE).hypotheses
+        assert [tokens(other) for other in others] == [SHORT, MIDDLE]
+        figures = scrape(running)
+    assert (value(figures, "source_tokens_total"), value(figures, "padded_source_tokens_total")) == (2 + 6, 2 + 2 * 4)
+    assert steps.rows == [1, 3, 2, 1, 1]
+    assert (value(figures, "steps_total"), value(figures, "row_steps_total")) == (5, 8)
 
 
 def test_the_port_is_told(served: ServedModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -48,6 +48,9 @@ OTHERS: dict[str, Any] = {
     "keepalive_timeout": 12.5,
     "handshake": 13.5,
     "write_timeout": 3.5,
+    "log_format": "json",
+    "log_level": "warning",
+    "otlp_endpoint": "http://127.0.0.1:4318",
     "port_file": "some/file",
 }
 """Of every setting a value that is not its default."""

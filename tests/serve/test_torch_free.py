@@ -13,7 +13,7 @@ from tests.reversal import Reversal, parts
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
-REFUSED = ("torch", "safetensors", "onnx", "onnxscript", "tensorboard", "sacrebleu", "matplotlib")
+REFUSED = ("torch", "safetensors", "onnx", "onnxscript", "tensorboard", "sacrebleu", "matplotlib", "opentelemetry")
 
 REFUSE = f"""
 import sys
