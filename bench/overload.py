@@ -67,27 +67,25 @@ def overloaded(
             client.close()
         if running.process.poll() is not None:
             raise LoadError(f"the server has ended; its log ends so:\n{running.tail()}")
-    return judged(capacity, found, deadline) | {
-        "times": times,
-        "seconds": seconds,
-        "deadline": deadline,
-        "capacity_after": len(after["latencies"]) / after["seconds"],
-    }
+    figures = judged(capacity, found, deadline, len(after["latencies"]) / after["seconds"])
+    return figures | {"times": times, "seconds": seconds, "deadline": deadline}
 
 
-def judged(capacity: float, found: Figures, deadline: float) -> Figures:
+def judged(capacity: float, found: Figures, deadline: float, afterwards: float) -> Figures:
     """What a run under overload amounts to.
 
     Args:
         capacity: answers a second that the server can give.
         found: the generator's `Load`.
         deadline: seconds within which an answer is good.
+        afterwards: answers a second that it gives when the overload is over.
     """
     latencies, errors = found["latencies"], found["errors"]
     good = sum(latency <= deadline for latency in latencies) / found["seconds"]
     asked = len(latencies) + sum(errors.values())
     figures = {
         "capacity": capacity,
+        "capacity_after": afterwards,
         "offered": asked / found["seconds"],
         "goodput": good,
         "share": good / capacity,
@@ -99,6 +97,8 @@ def judged(capacity: float, found: Figures, deadline: float) -> Figures:
     failures = [f"requests ended with {', '.join(unlike)}"] if unlike else []
     if figures["share"] < GOODPUT:
         failures.append(f"goodput is {100 * figures['share']:.0f} % of the capacity, not {100 * GOODPUT:.0f}")
+    if afterwards < GOODPUT * capacity:
+        failures.append(f"afterwards it gives {100 * afterwards / capacity:.0f} % of the answers that it gave before")
     if figures["p99_of_answers"] > deadline:
         failures.append(f"the 99th percentile of answers is {figures['p99_of_answers']:.2f} s")
     return figures | {"failures": failures}

@@ -75,7 +75,7 @@ class Access:
             UnauthenticatedError: it brings no token, or none that is known.
             PermissionDeniedError: it needs a higher role.
         """
-        _caller.set(None)  # a server's tasks begin with whatever was set where it was started
+        forget_caller()
         if self._entries is None:
             return
         needed: Role = next((role for prefix, role in NEEDED.items() if method.startswith(prefix)), "user")
@@ -88,6 +88,11 @@ class Access:
 def caller_name() -> str | None:
     """Whose call is being answered, by its token; None where tokens are not asked for."""
     return _caller.get()
+
+
+def forget_caller() -> None:
+    """Begin a call as nobody's: a server's tasks begin with whatever was set where it was started."""
+    _caller.set(None)
 
 
 def hash_token(token: str) -> str:

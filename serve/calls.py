@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from serve.access import Access, caller_name
+from serve.access import Access, caller_name, forget_caller
 from serve.errors import STOPPING, QueueFullError, ShuttingDownError, SlowReaderError
 from serve.observer import Observer
 from serve.status import refuse
@@ -101,6 +101,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[None]:
         """What every call goes through: counted in and out, admitted, its error told."""
+        forget_caller()
         call, code, reason = self._observer.begun(method, context), grpc.StatusCode.CANCELLED, "CANCELLED"
         self._enter(context)
         try:

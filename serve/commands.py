@@ -61,15 +61,23 @@ async def _serve(root: Path, load: Load, settings: Settings) -> bool:
     loop, options = asyncio.get_running_loop(), settings.options
     loading = asyncio.current_task()
     if loading is not None:
-        loop.add_signal_handler(signal.SIGTERM, loading.cancel)
+        loop.add_signal_handler(signal.SIGTERM, _stop_loading, loading)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # what it asks for is under way
     models = Models(options.limits)
     folder = ModelFolder(root, load, models)
     try:
         await folder.load_all()
+        return await serve_until_signal(models, options, ready, folder)
     except asyncio.CancelledError:
         log.info("stopped before anything was served")
         return True
-    return await serve_until_signal(models, options, ready, folder)
+
+
+def _stop_loading(loading: asyncio.Task[Any]) -> None:
+    """Once what is being loaded is loaded, so that nothing is left of it; asked again, at once."""
+    if loading.cancelling():
+        os._exit(1)
+    loading.cancel()
 
 
 def _announce(server: Server, address: str, needed: str) -> None:

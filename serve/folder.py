@@ -13,7 +13,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +52,10 @@ class Entry:
     fingerprint: str = ""
     unloaded: bool = False
 
+    def differs(self, fingerprint: str) -> bool:
+        """Other contents than those that were last tried, and nobody has said that they are not to be loaded."""
+        return not self.unloaded and fingerprint != self.fingerprint
+
     @property
     def told(self) -> str:
         """The failure, for who is not to know where the folder is."""
@@ -77,11 +81,12 @@ class ModelFolder:
     """
 
     def __init__(self, root: Path, load: Load, models: Models) -> None:
-        self._root, self._load, self._models = root, load, models
+        self._root = root if root.name else Path.cwd()  # "." stands in every message
+        self._load, self._models = load, models
         self._entries: dict[str, Entry] = {}
         self._begun = False
         self._changing = asyncio.Lock()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._tasks, self._retiring = set[asyncio.Task[None]](), set[asyncio.Task[None]]()
 
     @property
     def entries(self) -> list[Entry]:
@@ -105,28 +110,39 @@ class ModelFolder:
     async def reload(self) -> list[Entry]:
         """Look again; returns the entries. What fails is said there and logged, and what it was to replace stays.
 
+        Whoever stops waiting for this, or for any other change, does not stop it.
+
         Raises:
-            BundleError: there is no such folder; all that is served stays.
-            OSError: it cannot be read; the same.
+            BundleError: the folder is not there, or cannot be read; all that is served stays.
         """
+        await self._whole(self._reload())
+        return self.entries
+
+    async def _reload(self) -> None:
         async with self._changing:
             found = await asyncio.to_thread(scan, self._root)
-            changed = []
-            for name, (path, fingerprint) in found.items():
-                entry = self._entries.setdefault(name, Entry(name, path))
-                if not entry.unloaded and fingerprint != entry.fingerprint:
-                    entry.fingerprint = fingerprint
-                    changed.append(entry)
-            gone = [self._entries.pop(name) for name in self._entries.keys() - found.keys()]
-            self._swap(await self._loaded(changed), gone)
-            return self.entries
+            changed = {
+                name: Entry(name, path, fingerprint=fingerprint)
+                for name, (path, fingerprint) in found.items()
+                if name not in self._entries or self._entries[name].differs(fingerprint)
+            }
+            loaded = await self._loaded(changed.values())
+            gone = [self._entries[name] for name in self._entries.keys() - found.keys()]
+            if alone := next((entry for entry in gone if entry.path == self._root), None):
+                self._failed(alone, BundleError(f"{self._root}: its {MANIFEST} is gone"))
+                return
+            for entry in gone:
+                del self._entries[entry.name]
+            self._swap(changed, loaded, gone)
 
     async def look_again(self) -> None:
         """The same, where nobody waits for it: what goes wrong is logged."""
         try:
             await self.reload()
-        except (LimelightError, OSError) as error:
+        except LimelightError as error:
             log.error("model folder: %s", error)
+        except Exception:
+            log.exception("the model folder could not be looked at")
 
     async def load(self, name: str) -> Entry:
         """Load an entry again, whether it has changed or not, was unloaded or failed.
@@ -134,14 +150,16 @@ class ModelFolder:
         Raises:
             ModelNotFoundError: there is no such entry.
         """
+        await self._whole(self._load_again(name))
+        return self._entries[name]
+
+    async def _load_again(self, name: str) -> None:
         async with self._changing:
             found = await asyncio.to_thread(scan, self._root)
             if name not in found:
                 raise ModelNotFoundError(f"the model folder has no entry {name!r}")
-            entry = self._entries.setdefault(name, Entry(name, found[name].path))
-            entry.fingerprint, entry.unloaded = found[name].fingerprint, False
-            self._swap(await self._loaded([entry]), ())
-            return entry
+            changed = {name: Entry(name, found[name].path, fingerprint=found[name].fingerprint)}
+            self._swap(changed, await self._loaded(changed.values()), ())
 
     async def unload(self, name: str) -> Entry:
         """Let an entry take no more calls, until it is loaded again.
@@ -153,7 +171,7 @@ class ModelFolder:
             if name not in self._entries:
                 raise ModelNotFoundError(f"the model folder has no entry {name!r}")
             entry = self._entries[name]
-            self._swap({}, [entry])
+            self._swap({}, {}, [entry])
             entry.unloaded, entry.fingerprint, entry.failure = True, "", ""
             return entry
 
@@ -167,18 +185,31 @@ class ModelFolder:
         """Until every model that was taken out has answered what it had taken."""
         await asyncio.gather(*self._retiring)
 
-    async def _loaded(self, entries: Sequence[Entry]) -> dict[str, ServedModel]:
+    async def _whole(self, change: Coroutine[None, None, None]) -> None:
+        """Make a change to its end, even if nobody waits for it any more: half of one is of no use."""
+        await asyncio.shield(self._kept(asyncio.create_task(change)))
+
+    async def _loaded(self, entries: Iterable[Entry]) -> dict[str, ServedModel]:
         """Models by entry, of those that can be loaded; of the others, why not."""
         loaded = {}
         for entry in entries:
             try:
                 loaded[entry.name] = await asyncio.to_thread(load_copy, entry.path, self._root, self._load)
-            except (LimelightError, OSError) as error:
+            except Exception as error:  # a damaged bundle can raise whatever its readers can
                 self._failed(entry, error)
         return loaded
 
-    def _swap(self, loaded: Mapping[str, ServedModel], gone: Sequence[Entry]) -> None:
-        """All at once: to a call, before it is all as it was, and after it all as it is to be."""
+    def _swap(self, changed: Mapping[str, Entry], loaded: Mapping[str, ServedModel], gone: Sequence[Entry]) -> None:
+        """All at once: to a call, before it is all as it was, and after it all as it is to be.
+
+        Args:
+            changed: entries as they were found, by name; those that could not be loaded say why.
+            loaded: models of the others.
+            gone: entries that nothing is to answer for.
+        """
+        for name, new in changed.items():
+            entry = self._entries.setdefault(name, new)
+            entry.fingerprint, entry.failure, entry.unloaded = new.fingerprint, new.failure, False
         coming = [self._entries[name] for name in loaded]
         before = {entry: entry.serving for entry in (*gone, *coming) if entry.serving is not None}
         for entry, serving in before.items():
@@ -200,33 +231,42 @@ class ModelFolder:
         except ModelExistsError as error:
             self._failed(entry, error)
             return
-        entry.serving, entry.failure = serving, ""
+        entry.serving = serving
         level = logging.INFO if self._begun else logging.DEBUG  # to begin with, the command tells
         log.log(level, "model folder: %s is served as %s %s", entry.name, serving.name, serving.version)
 
     def _failed(self, entry: Entry, error: Exception) -> None:
-        entry.failure = str(error)
-        log.error("model folder: %s cannot be loaded: %s", entry.name, error)
+        entry.failure = str(error) or type(error).__name__
+        unforeseen = None if isinstance(error, LimelightError | OSError) else error
+        log.error("model folder: %s cannot be loaded: %s", entry.name, entry.failure, exc_info=unforeseen)
 
     def _retire(self, serving: Serving) -> None:
-        task = asyncio.create_task(self._models.retire(serving))
-        self._retiring.add(task)
+        self._retiring.add(task := self._kept(asyncio.create_task(self._models.retire(serving))))
         task.add_done_callback(self._retiring.discard)
+
+    def _kept(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        """A task that nobody may wait for: the loop alone would not keep it alive."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def scan(root: Path) -> Mapping[str, Found]:
     """The bundles of a folder by name: of a bundle that name, of a folder of bundles their places in it.
 
     Raises:
-        BundleError: there is no such folder.
+        BundleError: the folder is not there, or cannot be read.
     """
     if not root.is_dir():
         raise BundleError(f"{root}: there is no such folder")
-    if (root / MANIFEST).is_file():
-        return {root.resolve().name: Found(root, _fingerprint(root))}
-    patterns = ("/".join("*" * depth) for depth in range(1, DEPTH + 1))
-    places = sorted(path.parent for pattern in patterns for path in root.glob(f"{pattern}/{MANIFEST}"))
-    return {place.relative_to(root).as_posix(): Found(place, _fingerprint(place)) for place in places}
+    try:
+        if (root / MANIFEST).is_file():
+            return {root.resolve().name: Found(root, _fingerprint(root))}
+        patterns = ("/".join("*" * depth) for depth in range(1, DEPTH + 1))
+        places = sorted(path.parent for pattern in patterns for path in root.glob(f"{pattern}/{MANIFEST}"))
+        return {place.relative_to(root).as_posix(): Found(place, _fingerprint(place)) for place in places}
+    except OSError as error:
+        raise BundleError(f"{root}: cannot be read: {error.strerror or error}") from error
 
 
 def load_copy(bundle: Path, root: Path, load: Load) -> ServedModel:
@@ -249,7 +289,8 @@ def load_copy(bundle: Path, root: Path, load: Load) -> ServedModel:
             shutil.copytree(bundle, copy, symlinks=True)
             return load(copy)
         except shutil.Error as error:  # files that went away meanwhile
-            raise BundleError(f"{bundle}: cannot be copied: {error.args[0][0][-1]}") from error
+            why = str(error.args[0][0][-1]).replace(str(copy), str(bundle))
+            raise BundleError(f"{bundle}: cannot be copied: {why}") from error
         except LimelightError as error:
             raise BundleError(str(error).replace(str(copy), str(bundle))) from error
 
@@ -259,7 +300,7 @@ def _fingerprint(bundle: Path) -> str:
     for path in sorted(bundle.rglob("*")):
         try:
             about = path.stat()
-        except FileNotFoundError:  # it is being written just now: another look will find something else
+        except OSError:  # it is being written just now, or leads nowhere: another look may find something else
             digest.update(b"gone\n")
             continue
         digest.update(f"{path.relative_to(bundle)}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ino}\n".encode())

@@ -5,6 +5,7 @@ new calls, and its engine stops when the last call that holds it is done.
 """
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from serve.engine import Engine
 from serve.errors import ModelExistsError, ModelNotFoundError
 from serve.jobs import EngineLimits
 
+LOOK = 0.05
+"""Seconds between two looks at whether an engine has stopped."""
+
 
 @dataclass(eq=False)
 class Serving:
@@ -24,11 +28,13 @@ class Serving:
     Attributes:
         model: what was loaded.
         engine: what decodes for it.
+        number: how many were loaded before it.
         users: calls that hold it.
     """
 
     model: ServedModel
     engine: Engine
+    number: int
     users: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -71,6 +77,7 @@ class Models:
         self._limits = limits
         self._serving: list[Serving] = []
         self._leaving: list[Serving] = []
+        self._numbers = itertools.count()
         self._before = Counts()
         self._counting = threading.Lock()  # scrapes come from a thread of their own
 
@@ -92,21 +99,23 @@ class Models:
         manifest = model.manifest
         if self._has(manifest.name, manifest.version):
             raise ModelExistsError(f"{manifest.name} {manifest.version} is served already")
-        new = Serving(model, Engine(model.steps, self._limits, model.shortlist))
+        new = Serving(model, Engine(model.steps, self._limits, model.shortlist), next(self._numbers))
         self._serving.append(new)
         return new
 
     def take_out(self, serving: Serving) -> None:
         """Give a model no more calls; it is to be retired, or put back."""
-        self._serving.remove(serving)
-        self._leaving.append(serving)
+        with self._counting:
+            self._serving.remove(serving)
+            self._leaving.append(serving)
 
     def put_back(self, serving: Serving) -> bool:
         """Give a model calls again that was taken out; returns whether nothing else has its name and version."""
         if self._has(serving.name, serving.version):
             return False
-        self._leaving.remove(serving)
-        self._serving.append(serving)
+        with self._counting:
+            self._leaving.remove(serving)
+            self._serving.append(serving)
         return True
 
     def _has(self, name: str, version: str) -> bool:
@@ -115,7 +124,9 @@ class Models:
     async def retire(self, serving: Serving) -> None:
         """Wait until nobody holds a model that was taken out, and stop its engine."""
         await serving.until_idle()
-        await asyncio.to_thread(serving.engine.stop)
+        serving.engine.stop(0)
+        while serving.engine.alive:  # noqa: ASYNC110  # of another thread, which may hang: no call of ours is to
+            await asyncio.sleep(LOOK)
         with self._counting:
             self._leaving.remove(serving)
             self._before = _total(self._before, serving.engine.counts)
@@ -162,16 +173,23 @@ class Models:
         with self._counting:
             return _total(self._before, *(serving.engine.counts for serving in self.all))
 
-    def _newest(self, named: list[Serving]) -> Serving:
+    @staticmethod
+    def _newest(named: list[Serving]) -> Serving:
         """By number where all versions are numbers; where they are checksums, what was loaded last."""
-        if all(one.version.isdecimal() for one in named):
+        if all(_is_number(one.version) for one in named):
             return named[-1]
-        return max(named, key=self._serving.index)
+        return max(named, key=lambda one: one.number)
 
 
 def _total(*counts: Counts) -> Counts:
     return Counts(**{one.name: sum(getattr(count, one.name) for count in counts) for one in fields(Counts)})
 
 
+def _is_number(version: str) -> bool:
+    return version.isascii() and version.isdecimal()
+
+
 def _age(version: str) -> tuple[int, str]:
-    return (int(version), "") if version.isdecimal() else (-1, version)
+    """Numbers by their size, however long they are; before them whatever else there is."""
+    number = version.lstrip("0")
+    return (len(number), number) if _is_number(version) else (-1, version)

@@ -183,7 +183,7 @@ class Server:
 
 def _lost(engine: Engine, seconds: float) -> bool:
     """It is dead, or does not come back."""
-    return not engine.stopping and (not engine.alive or engine.silent >= seconds)
+    return engine.silent >= seconds or not (engine.alive or engine.stopping)
 
 
 async def create_server(models: Models, options: ServerOptions, folder: ModelFolder | None = None) -> Server:

@@ -41,7 +41,7 @@ LONGEST = 24 * 24 * 3600.0
 class Settings(Frozen):
     """All of it. A docstring is what `--help` says."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     """Address to listen on; 0.0.0.0 for every network."""
     port: int = Field(default=50051, ge=0, le=65535)
     """Port; 0 takes a free one."""
@@ -55,7 +55,7 @@ class Settings(Frozen):
     """Most requests waiting; one more is refused."""
     client_queue: int | None = Field(default=LIMITS.client_queue, ge=1)
     """Most of them of one client; by default seven eighths of the queue."""
-    client_header: str | None = None
+    client_header: str | None = Field(default=None, pattern="^[a-z0-9._-]+$")
     """Metadata key that tells clients apart, set by your proxy; by default it is the address."""
     queue_tokens: int = Field(default=LIMITS.queue_tokens, ge=1)
     """Most tokens that requests waiting can come to keep."""
@@ -154,15 +154,20 @@ def read_settings(file: Path | None, given: Mapping[str, Any], environment: Mapp
     known = Settings.model_fields.keys()
     for variable in environment:
         name = variable.removeprefix(PREFIX)
-        if name != variable and name.lower() not in known | {"config"}:
+        if name != variable and name not in {one.upper() for one in (*known, "config")}:
             raise ConfigError(f"{variable}: there is no such setting{_meant(name.lower(), PREFIX, str.upper)}")
     values = {} if file is None else _read(file)
     for name in values.keys() - known:
         raise ConfigError(f"{file}: {name}: there is no such setting{_meant(name)}")
+    for name, value in values.items():
+        if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
+            raise ConfigError(
+                f"{file}: {name}: true and false are no value for this"
+            )  # pydantic takes them for 1 and 0
     try:
         return Settings(**values | {name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        raise ConfigError(f"{file}: {describe(error)}") from None
+        raise ConfigError(f"{file or 'settings'}: {describe(error)}") from None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ So one client alone, or many that ask for as much, are served by deadline; one t
 import heapq
 import itertools
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from serve.errors import ExpiredError, QueueFullError
@@ -24,7 +23,7 @@ UNKNOWN_WAIT = 1.0
 """Seconds, where the pace is not known yet."""
 
 REMEMBERED = 4096
-"""Clients that nothing waits of, of which is known how much they have had."""
+"""Clients that nothing waits of, of which is known that they had more than others."""
 
 DROPPED = "the deadline passed before the request's turn came"
 """What is said of those that expired in the queue."""
@@ -34,11 +33,11 @@ class Outflow:
     """How fast a queue empties: advice to those who find it full, and what to expect for the others."""
 
     def __init__(self) -> None:
-        self._pace, self._since = 0.0, time.monotonic()
+        self._pace, self._recent, self._since = 0.0, 0.0, time.monotonic()
 
     def began(self) -> None:
-        """The queue is no longer empty."""
-        self._since = time.monotonic()
+        """The queue is no longer empty: how fast it emptied some time ago says little of now."""
+        self._recent, self._since = 0.0, time.monotonic()
 
     def took(self, count: int) -> None:
         """So many have left the queue since it began or the last time that any did."""
@@ -46,16 +45,18 @@ class Outflow:
             return
         now = time.monotonic()
         pace = (now - self._since) / count
-        self._pace = pace if not self._pace else FORGETTING * pace + (1 - FORGETTING) * self._pace
+        weight = 1 - (1 - FORGETTING) ** count
+        self._pace += (pace - self._pace) * (weight if self._pace else 1.0)
+        self._recent += (pace - self._recent) * (weight if self._recent else 1.0)
         self._since = now
 
     def expected(self, count: float) -> float:
-        """Seconds until so many more have left; 0 where that is not known."""
-        return count * self._pace
+        """Seconds until so many more have left, by what was seen since it began; 0 where nothing was."""
+        return count * self._recent
 
     def advice(self, count: float) -> float:
-        """The same for who is to try again: never 0, and never very long."""
-        return min(MOST_WAIT, max(LEAST_WAIT, self.expected(count))) if self._pace else UNKNOWN_WAIT
+        """The same for who is to try again, by all that was seen: never 0, and never very long."""
+        return min(MOST_WAIT, max(LEAST_WAIT, count * self._pace)) if self._pace else UNKNOWN_WAIT
 
 
 @dataclass(eq=False)
@@ -81,7 +82,9 @@ class Waiting:
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = limits
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, _Client] = {}  # of whom something waits
+        self._had: dict[str, float] = {}  # what others had by the time that nothing of theirs was left
+        self._order: list[tuple[float, float, int, str]] = []  # a heap of whose turn it is; what is out of date is left
         self._numbers = itertools.count()
         self._outflow = Outflow()
         self._now = 0.0
@@ -105,46 +108,57 @@ class Waiting:
         self._check_deadline(ticket)
         if not self._count:
             self._outflow.began()
-        client = self._clients.setdefault(ticket.job.client, _Client())
-        if not client.heap:
-            client.start = max(client.start, self._now)
+        name = ticket.job.client
+        if name not in self._clients:
+            self._clients[name] = _Client(self._start(name))
+            self._had.pop(name, None)
+        client = self._clients[name]
         heapq.heappush(client.heap, (ticket.due, next(self._numbers), ticket))
+        if client.heap[0][-1] is ticket:
+            self._line_up(name)
         self._counted(ticket, 1)
 
     def first(self) -> Ticket | None:
         """Whose turn it is; None where nobody waits."""
-        client = self._next()
-        return None if client is None else client.heap[0][-1]
+        while self._order:
+            start, due, number, name = self._order[0]
+            client = self._clients.get(name)
+            if client is not None and (client.start, *client.heap[0][:2]) == (start, due, number):
+                return client.heap[0][-1]
+            heapq.heappop(self._order)
+        return None
 
     def take(self) -> Ticket:
         """Let the first one out."""
-        client = self._next()
-        if client is None:
+        if self.first() is None:
             raise IndexError("nobody waits")
+        *_, name = heapq.heappop(self._order)
+        client = self._clients[name]
         _, _, ticket = heapq.heappop(client.heap)
         self._now = client.start
         client.start += ticket.job.tokens
+        self._line_up(name)
         self._counted(ticket, -1)
         return ticket
 
     def took(self, count: int) -> None:
         """So many were taken together."""
         self._outflow.took(count)
-        if len(self._clients) > REMEMBERED:
-            self._clients = {name: client for name, client in self._clients.items() if client.heap}
 
     def drop_unwanted(self) -> None:
         """Take out what nobody waits for any more; those whose deadline has passed are told."""
-        for client in self._clients.values():
+        for name, client in list(self._clients.items()):
             kept = [entry for entry in client.heap if not self._dropped(entry[-1])]
             if len(kept) < len(client.heap):
                 heapq.heapify(kept)
                 client.heap = kept
+                self._line_up(name)
 
     def clear(self) -> list[Ticket]:
         """Take all out."""
         left = [ticket for client in self._clients.values() for _, _, ticket in client.heap]
         self._clients.clear()
+        self._order.clear()
         self._count = self.tokens = self.bytes = 0
         return left
 
@@ -157,9 +171,23 @@ class Waiting:
             ticket.fail(ExpiredError(DROPPED))  # unless it was given up before
         return True
 
-    def _next(self) -> _Client | None:
-        waiting = (client for client in self._clients.values() if client.heap)
-        return min(waiting, key=lambda client: (client.start, client.heap[0][:2]), default=None)
+    def _start(self, name: str) -> float:
+        """Where a client begins of whom nothing waits: no credit for having been away, but what it had is known."""
+        return max(self._had.get(name, 0.0), self._now)
+
+    def _line_up(self, name: str) -> None:
+        """Say anew whose turn is when, after a change to what waits of a client."""
+        client = self._clients[name]
+        if client.heap:
+            heapq.heappush(self._order, (client.start, *client.heap[0][:2], name))
+            return
+        del self._clients[name]
+        if client.start > self._now:
+            self._had[name] = client.start
+        if len(self._had) > REMEMBERED:
+            self._had = {name: had for name, had in self._had.items() if had > self._now}
+            while len(self._had) > REMEMBERED:
+                del self._had[next(iter(self._had))]
 
     def _counted(self, ticket: Ticket, sign: int) -> None:
         self._count += sign
@@ -188,6 +216,7 @@ class Waiting:
         left = ticket.left
         if left is None or self._outflow.expected(self._count) < left:
             return
+        self.drop_unwanted()  # for these nobody waits
         wait = self._outflow.expected(self._ahead(ticket))
         if wait >= left:
             raise ExpiredError(
@@ -196,14 +225,17 @@ class Waiting:
             )
 
     def _ahead(self, ticket: Ticket) -> int:
-        """How many go first, as far as can be told: of each client as many as of this one."""
-        clients = [client for client in self._clients.values() if client.heap]
-        own = self._clients.get(ticket.job.client)
-        before = _earlier(ticket, own.heap) if own is not None else 0
-        if own not in clients:
-            return min(self._count, sum(_earlier(ticket, client.heap[:1]) for client in clients))
-        return min(self._count, (before + 1) * len(clients) - 1)
-
-
-def _earlier(ticket: Ticket, heap: Iterable[tuple[float, int, Ticket]]) -> int:
-    return sum(due <= ticket.due for due, _, _ in heap)
+        """How many would go first, if nobody else came."""
+        name = ticket.job.client
+        own = self._clients.get(name)
+        before = [waiting for due, _, waiting in own.heap if due <= ticket.due] if own else []
+        turn = (own.start if own else self._start(name)) + sum(waiting.job.tokens for waiting in before)
+        ahead = len(before)
+        for client in self._clients.values():
+            start = client.start
+            for due, _, waiting in sorted(client.heap) if client is not own else ():
+                if (start, due) > (turn, ticket.due):
+                    break
+                ahead += 1
+                start += waiting.job.tokens
+        return ahead

@@ -18,7 +18,7 @@ def load(latencies: list[float], **errors: int) -> dict[str, Any]:
 
 
 def test_answers_in_time_are_what_counts() -> None:
-    found = judged(100.0, load([0.5] * 950, RESOURCE_EXHAUSTED=4000, DEADLINE_EXCEEDED=50), 2.0)
+    found = judged(100.0, load([0.5] * 950, RESOURCE_EXHAUSTED=4000, DEADLINE_EXCEEDED=50), 2.0, 100.0)
     assert (found["goodput"], found["share"], found["offered"]) == (95.0, 0.95, 500.0)
     assert (found["p99_of_answers"], found["failures"]) == (0.5, [])
 
@@ -34,8 +34,13 @@ FAILING: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("what", FAILING)
 def test_what_is_wrong_is_said(what: str) -> None:
     found, message = FAILING[what]
-    assert message in judged(100.0, found, 2.0)["failures"]
-    assert not math.isnan(judged(100.0, found, 2.0)["share"])
+    assert message in judged(100.0, found, 2.0, 100.0)["failures"]
+    assert not math.isnan(judged(100.0, found, 2.0, 100.0)["share"])
+
+
+def test_a_server_that_does_not_recover_fails() -> None:
+    found = judged(100.0, load([0.5] * 950), 2.0, 50.0)
+    assert found["failures"] == ["afterwards it gives 50 % of the answers that it gave before"]
 
 
 def test_fault_23_a_short_overload(reversal: Reversal) -> None:

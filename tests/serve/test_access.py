@@ -66,6 +66,9 @@ CALLS: dict[str, Call] = {
     "GenerateStream": lambda running, about: list(
         running.stub.GenerateStream(pb.GenerateStreamRequest(source="abc"), **about)
     ),
+    "GenerateChunked": lambda running, about: list(
+        running.stub.GenerateChunked(pb.GenerateChunkedRequest(source="abc"), **about)
+    ),
     "GenerateMany": lambda running, about: list(
         running.stub.GenerateMany(
             iter([pb.GenerateManyRequest(id="1", request=pb.GenerateRequest(source="abc"))]), **about

@@ -19,6 +19,7 @@ import grpc
 import pytest
 
 from export.manifest import MANIFEST, BundleError
+from model.vocabulary import END
 from serve.bundle import ServedModel, load_model
 from serve.errors import ModelNotFoundError
 from serve.folder import Load, ModelFolder, scan
@@ -30,6 +31,7 @@ from serve.pb.limelight.v1.admin_pb2_grpc import AdminServiceStub
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.server import ServerOptions, create_server
 from tests.reversal import Reversal
+from tests.serve.jobs import job
 from tests.serve.running import PATIENCE, Running, begin, generate
 from tests.serve.steps import Gated
 
@@ -378,6 +380,98 @@ def test_fault_39_whoever_writes_into_the_folder_does_not_hurt_what_answers(shel
         if path.is_file():
             os.truncate(path, 0)
     assert shelf.ask("abcdefgh").hypotheses[0].text == "hgfedcba"
+
+
+def test_fault_39_whatever_a_damaged_bundle_raises_is_its_own_failure(
+    shelf: Shelf, reversal: Reversal, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf.put(reversal.bundle, "good", version="2")
+    (shelf.root / "deep").mkdir()
+    (shelf.root / "deep" / MANIFEST).write_text("[" * 200_000, encoding="utf-8")
+    shelf.put(reversal.bundle, "circle", version="3")
+    (shelf.root / "circle" / "link").symlink_to("link")
+    with caplog.at_level(logging.ERROR):
+        found = shelf.reload()
+    assert found["good"].state == admin.ENTRY_STATE_READY
+    assert found["deep"].state == admin.ENTRY_STATE_FAILED
+    assert found["deep"].failure
+    assert ("reversal", "2") in shelf.served()
+
+
+def test_a_reload_that_nobody_waits_for_is_done_all_the_same(reversal: Reversal, tmp_path: Path) -> None:
+    shutil.copytree(reversal.bundle, tmp_path / "model")
+    may, begun = threading.Event(), threading.Event()
+    may.set()
+
+    def load(bundle: Path) -> ServedModel:
+        begun.set()
+        assert may.wait(PATIENCE)
+        return LOAD(bundle)
+
+    with shelf_of(tmp_path, load) as shelf:
+        may.clear()
+        begun.clear()
+        change(tmp_path / "model", version="2")
+        call = shelf.admin.Reload.future(admin.ReloadRequest(), timeout=PATIENCE)
+        assert begun.wait(PATIENCE)
+        call.cancel()
+        may.set()
+        entry = shelf.reload()["model"]
+        assert (entry.state, entry.version, entry.failure) == (admin.ENTRY_STATE_READY, "2", "")
+        assert shelf.ask().model.version == "2"
+
+
+def test_fault_34_a_model_that_was_swapped_out_and_hangs_is_noticed(reversal: Reversal, tmp_path: Path) -> None:
+    shutil.copytree(reversal.bundle, tmp_path / "model")
+    gates: list[Gated] = []
+
+    def load(bundle: Path) -> ServedModel:
+        model = LOAD(bundle)
+        gates.append(Gated(model.steps))
+        return replace(model, steps=gates[-1])
+
+    models = Models(EngineLimits())
+    folder = ModelFolder(tmp_path, load, models)
+    begin(folder.load_all()).result(PATIENCE)
+    server = begin(create_server(models, ServerOptions(port=0, watchdog=0.5), folder)).result(PATIENCE)
+    try:
+        old = models.find("").engine
+        old.submit(job([4, END]))
+        gates[0].wait()
+        change(tmp_path / "model", version="2")
+        begin(folder.reload()).result(PATIENCE)
+        begin(asyncio.wait_for(server.failed.wait(), PATIENCE)).result(PATIENCE)
+        assert old.failed
+    finally:
+        for gate in gates:
+            gate.open()
+        begin(server.stop(0)).result(PATIENCE)
+
+
+def test_a_bundle_whose_manifest_is_gone_goes_on_answering(reversal: Reversal, tmp_path: Path) -> None:
+    bundle = shutil.copytree(reversal.bundle, tmp_path / "model")
+    with shelf_of(bundle) as shelf:
+        (bundle / MANIFEST).rename(tmp_path / MANIFEST)
+        entry = shelf.reload()["model"]
+        assert (entry.state, entry.failure) == (admin.ENTRY_STATE_FAILED, "model: its bundle.json is gone")
+        assert shelf.ask().model.version == "1"
+
+
+def test_a_refused_swap_does_not_change_which_version_is_the_newest(shelf: Shelf, reversal: Reversal) -> None:
+    for version in ("b1", "a2"):
+        shelf.put(reversal.bundle, version, version=version)
+        shelf.reload()
+    change(shelf.root / "b1", version="a2")
+    assert shelf.reload()["b1"].failure == "reversal a2 is served already"
+    assert shelf.ask().model.version == "a2"
+
+
+def test_a_version_of_very_many_digits_is_a_version(shelf: Shelf, reversal: Reversal) -> None:
+    long = "1" + "0" * 5000
+    shelf.put(reversal.bundle, "long", version=long)
+    shelf.reload()
+    assert [version for _, version in shelf.served()] == ["1", long]
+    assert shelf.ask().model.version == long
 
 
 def test_a_folder_that_is_gone_changes_nothing(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:

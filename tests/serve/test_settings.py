@@ -157,6 +157,9 @@ WRONG: dict[str, tuple[str, str]] = {
     "nothing like it": ("zzz = 3", "zzz: there is no such setting$"),
     "wrong type": ('queue = "many"', "queue: Input should be a valid integer"),
     "out of range": ("queue = 0", r"queue: Input should be greater than or equal to 1 \(got 0\)"),
+    "true for a number": ("queue = true", "queue: true and false are no value for this"),
+    "nowhere": ('host = ""', "host: String should have at least 1 character"),
+    "a header that never comes": ('client_header = "X-Client"', "client_header: String should match pattern"),
     "no number": ("grace = nan", "grace: Input should be"),
     "no TOML": ("queue =", "is no TOML"),
 }
@@ -181,6 +184,11 @@ def test_a_wrong_variable_is_refused_by_name(started: Started) -> None:
     result = started.run(**{f"{PREFIX}QUEUE": "many"})
     assert (result.exit_code, started.settings) == (2, None)
     assert "Invalid value for '--queue'" in result.output
+
+
+def test_a_variable_of_other_letters_is_not_overlooked(started: Started) -> None:
+    result = started.run(**{f"{PREFIX}queue": "3"})
+    assert str(result.exception) == f"{PREFIX}queue: there is no such setting; {PREFIX}QUEUE is meant?"
 
 
 def test_help_tells_all(started: Started) -> None:

@@ -231,15 +231,76 @@ def test_fault_24_who_would_be_too_late_is_told_at_once(times: Times) -> None:
     assert len(waiting) == 18
 
 
-def test_what_clients_had_is_forgotten_in_the_end(times: Times) -> None:
-    waiting = Waiting(EngineLimits())
+def test_fault_24_what_was_slow_some_time_ago_is_not_held_against_who_comes_now(times: Times) -> None:
+    waiting = filled(EngineLimits(), ticket(times))
+    times.now += 5.0
+    waiting.take()
+    waiting.took(1)
+    times.now += 3.0
+    for _ in range(32):
+        waiting.add(ticket(times, deadline=times.now + 1.0))
+    assert len(waiting) == 32
+
+
+def paced(times: Times, *tickets: Ticket) -> Waiting:
+    """A queue that is known to let ten out a second; one is left in it, so that it goes on."""
+    last = ticket(times, client="first", deadline=NOW + 1000.0)
+    waiting = filled(EngineLimits(), last, *(ticket(times, client="first") for _ in range(10)), *tickets)
+    times.now += 1.0
+    for _ in range(10):
+        assert waiting.take().job.client == "first"
+    waiting.took(10)
+    return waiting
+
+
+def test_fault_24_whom_nobody_waits_for_is_not_counted(times: Times) -> None:
+    others = [ticket(times, client="first", deadline=NOW + 100.0) for _ in range(90)]
+    waiting = paced(times)
+    for one in others:
+        waiting.add(one)
+        one.cancel()
+    waiting.add(ticket(times, deadline=times.now + 5.0))
+    assert len(waiting) == 2
+
+
+def test_fault_24_who_is_next_by_fairness_is_not_refused_for_the_others_sake(times: Times) -> None:
+    heavy = [ticket(times, client=f"heavy {number}", length=1000, deadline=NOW + 90.0) for number in range(50)]
+    waiting = paced(times)
+    for one in heavy:
+        waiting.add(one)
+    for one in heavy:  # each has had a thousand tokens
+        assert waiting.take() is one
+    for number in range(50):
+        waiting.add(ticket(times, client=f"heavy {number}", length=1000, deadline=NOW + 90.0))
+    waiting.add(ticket(times, client="light"))
+    light = ticket(times, client="light", deadline=times.now + 0.5)
+    waiting.add(light)
+    assert waiting.take() is light
+
+
+def test_fault_24_who_had_much_and_would_wait_for_all_others_is_told(times: Times) -> None:
+    waiting = paced(times)
+    waiting.add(ticket(times, client="heavy", length=100_000))
+    waiting.take()
+    for _ in range(100):
+        waiting.add(ticket(times, client="light", deadline=NOW + 90.0))
+    with pytest.raises(ExpiredError, match=r"that takes about 10\.1 s, and 1 s are left"):
+        waiting.add(ticket(times, client="heavy", deadline=times.now + 1.0))
+
+
+def test_clients_of_whom_nothing_waits_cost_nothing(times: Times) -> None:
+    """Every look at the queue goes over those who wait; of the others, only who had more than these is known."""
+    waiting = Waiting(EngineLimits(queue=10 * REMEMBERED))
     for number in range(REMEMBERED + 10):
         waiting.add(ticket(times, client=str(number)))
+    for _ in range(REMEMBERED + 10):
         waiting.take()
-    waiting.add(ticket(times, client="last"))
-    assert len(waiting._clients) == REMEMBERED + 11
-    waiting.took(1)
-    assert list(waiting._clients) == ["last"]
+    assert (len(waiting._clients), len(waiting._order), len(waiting._had)) == (0, 0, REMEMBERED)
+    for number in range(100):
+        waiting.add(ticket(times, client=str(number), length=20))
+        waiting.take()
+    assert len(waiting._had) <= REMEMBERED
+    assert waiting.first() is None
 
 
 def test_the_engine_serves_clients_in_turn(make_engine: MakeEngine, steps: Gated) -> None:
