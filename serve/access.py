@@ -26,8 +26,11 @@ Role = Literal["user", "admin"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
-NEEDED: Mapping[str, Role] = {"/limelight.v1.AdminService/": "admin"}
-"""The role that the methods of a service need; `user` for all others."""
+NEEDED: Mapping[str, Role] = {
+    "/limelight.v1.AdminService/": "admin",
+    "/inference.GRPCInferenceService/RepositoryModel": "admin",
+}
+"""The role that methods need, by the beginning of their names; `user` for all others."""
 
 HEADER, SCHEME = "authorization", "bearer"
 

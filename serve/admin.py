@@ -64,8 +64,12 @@ class AdminService(rpc.AdminServiceServicer):
         return pb.UnloadEntryResponse(entry=entry_message(await self._folder.unload(checked_name(request.name))))
 
 
-def checked_name(name: str) -> str:
+def checked_name(name: str, field: str = "name") -> str:
     """The name of an entry, which no path is.
+
+    Args:
+        name: as asked.
+        field: of the request, that has it.
 
     Raises:
         InvalidRequestError: it is empty, or leads elsewhere.
@@ -79,7 +83,7 @@ def checked_name(name: str) -> str:
         or ".." in path.parts
         or path.as_posix() != name
     ):
-        raise InvalidRequestError("name", "is no name of an entry of the model folder")
+        raise InvalidRequestError(field, "is no name of an entry of the model folder")
     return name
 
 

@@ -15,7 +15,7 @@ from serve.observer import Observer
 from serve.status import refuse
 from serve.wire import Writer, checked
 
-EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.", "/inference.GRPCInferenceService/Server")
 """Calls that are answered even while shutting down."""
 
 RETRY_AFTER = 1.0

@@ -21,6 +21,14 @@ class ModelExistsError(ServeError):
     """Another model of the same name and version is served."""
 
 
+class NotAllowedError(ServeError):
+    """A call that is not answered here, though it may be elsewhere."""
+
+
+class NotOfferedError(ServeError):
+    """A call of a public protocol that this server does not have."""
+
+
 class QueueFullError(ServeError):
     """The queue is at its limit: try again later.
 
@@ -96,6 +104,8 @@ UNKNOWN_FAULT = Outcome(grpc.StatusCode.INTERNAL, "INTERNAL")
 OUTCOMES: Mapping[type[LimelightError], Outcome] = {
     InvalidRequestError: Outcome(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"),
     ModelNotFoundError: Outcome(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    NotAllowedError: Outcome(grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED_HERE"),
+    NotOfferedError: Outcome(grpc.StatusCode.UNIMPLEMENTED, "NOT_OFFERED"),
     QueueFullError: Outcome(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     ExpiredError: Outcome(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXPIRED"),
     EngineFailedError: Outcome(grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED"),

@@ -37,7 +37,10 @@ class Metrics:
             "limelight_requests", "Calls that have ended.", ["method", "code", "reason"], registry=self.registry
         )
         self._items = Counter(
-            "limelight_items", "Texts of GenerateMany that have ended.", ["code", "reason"], registry=self.registry
+            "limelight_items",
+            "Texts of GenerateMany and requests of ModelStreamInfer that have ended.",
+            ["code", "reason"],
+            registry=self.registry,
         )
         self._latency = self._histogram("request", "From the arrival of a call to its end.", ["method"])
         self._queue = self._histogram("queue", "In the queue of the engine.")

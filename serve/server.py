@@ -23,11 +23,13 @@ from serve.connections import ConnectionLimits
 from serve.engine import Engine
 from serve.errors import AddressError
 from serve.folder import ModelFolder
+from serve.inference import INFERENCE, InferenceService
 from serve.jobs import EngineLimits
 from serve.logs import Format, Level
 from serve.metrics import Metrics, Scraped
 from serve.models import Models
 from serve.observer import Observer
+from serve.pb.inference import grpc_service_pb2_grpc
 from serve.pb.limelight.v1 import admin_pb2_grpc, limelight_pb2, limelight_pb2_grpc
 from serve.security import Security
 from serve.service import LimelightService
@@ -209,11 +211,13 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
         metrics.gauge("certificate_seconds_left", "Until the server's certificate expires.", lambda: tls.seconds_left)
     service = LimelightService(models, calls.stopping, metrics, options.client_header)
     limelight_pb2_grpc.add_LimelightServiceServicer_to_server(service, server)
+    inference = InferenceService(models, calls.stopping, metrics, options.client_header)
+    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = _listen(server, options.authority, options.port, tls)
-    administration, admin_port = _administration(folder, calls, options)
+    administration, admin_port = _administration(folder, inference, calls, options)
     scraped = None if options.metrics_port is None else metrics.serve(options.host, options.metrics_port)
     await server.start()
     if administration is not None:
@@ -221,7 +225,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
         log.info("administrative calls on %s:%d", LOOPBACK, admin_port)
     if scraped is not None:
         log.info("metrics on http://%s:%d/metrics", options.authority, scraped.port)
-    for name in ("", SERVICE):
+    for name in ("", SERVICE, INFERENCE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     parts = Parts(server, administration, servicer, calls, models, folder, metrics, scraped, observer)
     return Server(parts, options, port, admin_port)
@@ -236,14 +240,15 @@ def _tracing(endpoint: str | None) -> Tracing | None:
 
 
 def _administration(
-    folder: ModelFolder | None, calls: Calls, options: ServerOptions
+    folder: ModelFolder | None, inference: InferenceService, calls: Calls, options: ServerOptions
 ) -> tuple[grpc.aio.Server | None, int | None]:
     """Administrative calls and the port that they are on, where they are wanted."""
     if folder is None or options.admin_port is None:
         return None, None
     server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments(options.most_calls))
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.AdminService(folder), server)
-    reflection.enable_server_reflection((admin.SERVICE, reflection.SERVICE_NAME), server)
+    grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference.administered(folder), server)
+    reflection.enable_server_reflection((admin.SERVICE, INFERENCE, reflection.SERVICE_NAME), server)
     return server, _listen(server, LOOPBACK, options.admin_port)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serve.inference import INFERENCE
 from serve.server import SERVICE
 from tests.reversal import parts
 from tests.serve.running import Running
@@ -28,7 +29,7 @@ def grpcurl(running: Running, *arguments: str, data: Any = None) -> subprocess.C
 
 def test_reflection_lists_the_services(running: Running) -> None:
     listed = grpcurl(running, "list").stdout.split()
-    assert listed == ["grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection", SERVICE]
+    assert listed == ["grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection", INFERENCE, SERVICE]
 
 
 def test_reflection_describes_every_call(running: Running) -> None:
@@ -37,7 +38,7 @@ def test_reflection_describes_every_call(running: Running) -> None:
     assert [name for name in calls if f"rpc {name} (" not in described] == []
 
 
-@pytest.mark.parametrize("service", ["", SERVICE])
+@pytest.mark.parametrize("service", ["", SERVICE, INFERENCE])
 def test_health(running: Running, service: str) -> None:
     done = grpcurl(running, "grpc.health.v1.Health/Check", data={"service": service})
     assert json.loads(done.stdout) == {"status": "SERVING"}

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from serve.bundle import ServedModel
 from serve.errors import AddressError
+from serve.inference import INFERENCE
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.server import SERVICE, ServerOptions, create_server
 from tests.serve.running import PATIENCE, Running, begin, generate, models_of, stream
@@ -52,6 +53,7 @@ def test_reflection_tells_services_and_their_messages(running: Running) -> None:
     database = ProtoReflectionDescriptorDatabase(running.channel)
     assert set(database.get_services()) == {
         SERVICE,
+        INFERENCE,
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
