@@ -12,7 +12,7 @@ from model.picture import draw_png
 from serve import ask_options as options
 from serve.answers import Answer, ModelInfo
 from serve.channel import Credentials
-from serve.client import Client, WantedSearch
+from serve.client import Client, WantedSearch, Which
 from serve.credential_options import with_credentials
 from serve.page import write_page
 from serve.show import show_details, show_map, show_pieces, show_text, to_json
@@ -25,6 +25,7 @@ class Session:
 
     Attributes:
         client: the server to ask.
+        which: model of it.
         search: how to search.
         target: an answer to score instead; None to search.
         view: what to show.
@@ -33,6 +34,7 @@ class Session:
     """
 
     client: Client
+    which: Which
     search: WantedSearch
     target: str | None
     view: View
@@ -41,7 +43,7 @@ class Session:
 
     def run(self, texts: Sequence[str]) -> None:
         """Ask about each text in turn."""
-        info = self.client.describe()
+        info = self.client.describe(**self.which)
         view = self.view.aligned(info)
         for number, text in enumerate(texts, 1):
             several = len(texts) > 1
@@ -68,10 +70,11 @@ class Session:
     def _ask(self, info: ModelInfo, view: View, text: str) -> Answer:
         wanted = view.wanted(info)
         if self.target is not None:
-            return self.client.score(text, self.target, length_penalty=self.search.get("length_penalty"), **wanted)
+            penalty = self.search.get("length_penalty")
+            return self.client.score(text, self.target, length_penalty=penalty, **self.which, **wanted)
         if self.stream:
-            return show_pieces(self.console, self.client.stream(text, **self.search, **wanted))
-        return self.client.generate(text, **self.search, **wanted)
+            return show_pieces(self.console, self.client.stream(text, **self.which, **self.search, **wanted))
+        return self.client.generate(text, **self.which, **self.search, **wanted)
 
     def _show(self, view: View, text: str, answer: Answer) -> None:
         if not self.stream:
@@ -104,6 +107,7 @@ def ask(
     texts: options.Texts,
     *,
     address: options.Address = "127.0.0.1:50051",
+    model: options.Model = "",
     target: options.Target = None,
     stream: options.Stream = False,
     json: options.Json = False,
@@ -155,5 +159,9 @@ def ask(
         plot=plot,
     )
     console = Console(highlight=False, markup=False, emoji=False)
+    which = options.chosen_model(model)
     with Client(address, timeout=timeout, **credentials) as client:
-        Session(client=client, search=search, target=target, view=view, stream=stream, console=console).run(texts)
+        session = Session(
+            client=client, which=which, search=search, target=target, view=view, stream=stream, console=console
+        )
+        session.run(texts)

@@ -8,6 +8,7 @@ import typer
 from model.options import Sampling
 from model.picture import How
 from serve.answers import FamilyName
+from serve.client import Which
 
 SEARCH, ATTENTION = "Search", "Attention"
 SAMPLING = "Sampling: any of these draws an answer instead of searching for the best"
@@ -53,6 +54,12 @@ def refuse_without_effect(context: typer.Context) -> None:
                 raise typer.BadParameter(message, param_hint=given[name])
 
 
+def chosen_model(text: str) -> Which:
+    """Which model NAME or NAME@VERSION means."""
+    name, _, version = text.partition("@")
+    return Which(model=name, version=version)
+
+
 def chosen_sampling(**chosen: float | None) -> Sampling | None:
     """How to draw tokens, by the names of `Sampling`; None, to search, where nothing is chosen."""
     given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
@@ -92,6 +99,9 @@ NBest = Annotated[
 LengthPenalty = Annotated[
     float | None,
     typer.Option(rich_help_panel=SEARCH, show_default="1", help="A score is log-probability / length ^ this."),
+]
+Model = Annotated[
+    str, typer.Option(metavar="NAME[@VERSION]", help="Which model, where several are served; by default its newest.")
 ]
 CoveragePenalty = Annotated[
     float | None,

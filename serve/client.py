@@ -87,6 +87,13 @@ CHANNEL_OPTIONS = (
 _UNREACHABLE = ("failed to connect", "errors resolving", "DNS resolution failed", "Failed to create channel")
 
 
+class Which(TypedDict):
+    """Which model to ask; empty as for `Client.generate`."""
+
+    model: str
+    version: str
+
+
 class WantedSearch(TypedDict, total=False):
     """How to search; what is left out or None is left to the server, whose API says what each means."""
 
@@ -147,12 +154,13 @@ class Client:
         self._channel = open_channel(address, CHANNEL_OPTIONS, **credentials)
         self._stub = LimelightServiceStub(self._channel)
 
-    def generate(self, source: str, *, model: str = "", **wanted: Unpack[Wanted]) -> Answer:
+    def generate(self, source: str, *, model: str = "", version: str = "", **wanted: Unpack[Wanted]) -> Answer:
         """Answer a text.
 
         Args:
             source: the text.
-            model: name of the model; empty for the one that is served.
+            model: name of the model; empty where only one is served.
+            version: of the model; empty for its newest.
             wanted: how to search, and the attention to return with every hypothesis.
 
         Raises:
@@ -161,18 +169,22 @@ class Client:
         """
         with _sendable():
             search, attention = _search(wanted), _attention(wanted)
-            request = pb.GenerateRequest(model=model, source=source, search=search, attention=attention)
+            request = pb.GenerateRequest(
+                model=model, version=version, source=source, search=search, attention=attention
+            )
         with self._explained():
             return read_answer(self._stub.Generate(request, timeout=self.timeout, metadata=self._metadata))
 
-    def generate_chunked(self, source: str, *, model: str = "", **wanted: Unpack[Wanted]) -> Answer:
+    def generate_chunked(self, source: str, *, model: str = "", version: str = "", **wanted: Unpack[Wanted]) -> Answer:
         """The same answer, with attention of any size: `generate` is refused more than 64 MiB of it.
 
         Arguments and errors as for `generate`.
         """
         with _sendable():
             search, attention = _search(wanted), _attention(wanted)
-            request = pb.GenerateChunkedRequest(model=model, source=source, search=search, attention=attention)
+            request = pb.GenerateChunkedRequest(
+                model=model, version=version, source=source, search=search, attention=attention
+            )
         with self._explained():
             call = self._stub.GenerateChunked(request, timeout=self.timeout)
             try:
@@ -181,7 +193,7 @@ class Client:
                 call.cancel()
 
     def stream(
-        self, source: str, *, model: str = "", **wanted: Unpack[Wanted]
+        self, source: str, *, model: str = "", version: str = "", **wanted: Unpack[Wanted]
     ) -> Generator[Start | Piece | End, None, None]:
         """Answer a text token by token: a `Start`, a `Piece` for each token of the best hypothesis, an `End`.
 
@@ -190,11 +202,13 @@ class Client:
         """
         with _sendable():
             search, attention = _search(wanted), _attention(wanted)
-            request = pb.GenerateStreamRequest(model=model, source=source, search=search, attention=attention)
+            request = pb.GenerateStreamRequest(
+                model=model, version=version, source=source, search=search, attention=attention
+            )
         return self._events(request)
 
     def generate_many(
-        self, sources: Iterable[str], *, model: str = "", **wanted: Unpack[Wanted]
+        self, sources: Iterable[str], *, model: str = "", version: str = "", **wanted: Unpack[Wanted]
     ) -> Generator[tuple[int, Answer | ServerError], None, None]:
         """Answer many texts over one stream: the number of each, from 0, and its answer or its own error.
 
@@ -208,7 +222,9 @@ class Client:
         def requests() -> Iterator[pb.GenerateManyRequest]:
             for number, source in enumerate(sources):
                 with _sendable():
-                    request = pb.GenerateRequest(model=model, source=source, search=search, attention=attention)
+                    request = pb.GenerateRequest(
+                        model=model, version=version, source=source, search=search, attention=attention
+                    )
                 yield pb.GenerateManyRequest(id=str(number), request=request)
 
         return self._items(requests())
@@ -220,6 +236,7 @@ class Client:
         *,
         length_penalty: float | None = None,
         model: str = "",
+        version: str = "",
         **wanted: Unpack[WantedAttention],
     ) -> Answer:
         """How likely a given target is: forced decoding. The only hypothesis is the target; the rest as `generate`."""
@@ -227,6 +244,7 @@ class Client:
         with _sendable():
             request = pb.ScoreRequest(
                 model=model,
+                version=version,
                 source=source,
                 target=target,
                 length_penalty=length_penalty,
@@ -235,10 +253,10 @@ class Client:
         with self._explained():
             return read_score(self._stub.Score(request, timeout=self.timeout, metadata=self._metadata))
 
-    def describe(self, model: str = "") -> ModelInfo:
+    def describe(self, model: str = "", version: str = "") -> ModelInfo:
         """What the served model is and takes; errors as for `generate`."""
         with _sendable():
-            request = pb.GetModelRequest(model=model)
+            request = pb.GetModelRequest(model=model, version=version)
         with self._explained():
             return read_model(self._stub.GetModel(request, timeout=self.timeout, metadata=self._metadata))
 

@@ -112,7 +112,7 @@ def server(address: str) -> Iterator[Finding]:
             yield Finding("error", f"the models cannot be listed: {error}")
             return
         for one in served:
-            yield _asked(client, one.name, f"{one.name} {one.version} ({one.precision}, {one.provider})")
+            yield _asked(client, one.name, one.version, f"{one.name} {one.version} ({one.precision}, {one.provider})")
     if not served:
         yield Finding("error", "no model is loaded: look into its log, or call ListEntries of its administrative port")
 
@@ -127,10 +127,10 @@ def _health(channel: grpc.Channel) -> Finding:
     return Finding("ok" if serving else "error", f"health: {name}")
 
 
-def _asked(client: Client, model: str, what: str) -> Finding:
+def _asked(client: Client, model: str, version: str, what: str) -> Finding:
     begun = time.perf_counter()
     try:
-        answer = client.generate("a", model=model)
+        answer = client.generate("a", model=model, version=version)
     except ServerError as error:
         # A model of other characters may refuse the text: that is an answer too.
         refused = error.code is grpc.StatusCode.INVALID_ARGUMENT

@@ -17,10 +17,14 @@ from typing import Any
 
 import grpc
 import pytest
+from typer.testing import CliRunner
 
 from export.manifest import MANIFEST, BundleError
 from model.vocabulary import END
+from serve.answers import Answer, Start
 from serve.bundle import ServedModel, load_model
+from serve.cli import app
+from serve.client import Client
 from serve.errors import ModelNotFoundError
 from serve.folder import Load, ModelFolder, scan
 from serve.jobs import EngineLimits
@@ -31,6 +35,7 @@ from serve.pb.limelight.v1.admin_pb2_grpc import AdminServiceStub
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.server import ServerOptions, create_server
 from tests.reversal import Reversal
+from tests.serve.asking import run
 from tests.serve.jobs import job
 from tests.serve.running import PATIENCE, Running, begin, generate
 from tests.serve.steps import Gated
@@ -180,6 +185,31 @@ def test_models_and_versions_answer_side_by_side(shelf: Shelf, reversal: Reversa
         grpc.StatusCode.NOT_FOUND,
         "model 'another' is not served here; 'other', 'reversal' are",
     )
+
+
+def test_client_command_and_doctor_can_name_a_version(shelf: Shelf, reversal: Reversal) -> None:
+    shelf.put(reversal.bundle, "second", version="2")
+    shelf.put(reversal.bundle, "other", name="other")
+    shelf.reload()
+    address = shelf.running.address
+    with Client(address, timeout=PATIENCE) as client:
+        which: dict[str, Any] = {"model": "reversal", "version": "1"}
+        assert client.generate("abc", **which).version == "1"
+        assert client.generate_chunked("abc", **which).version == "1"
+        assert client.score("abc", "cba", **which).version == "1"
+        assert client.describe(**which).version == "1"
+        assert client.generate("abc", model="reversal").version == "2"
+        [(_, answer)] = client.generate_many(["abc"], **which)
+        assert isinstance(answer, Answer)
+        assert answer.version == "1"
+        assert [event.version for event in client.stream("abc", **which) if isinstance(event, Start)] == ["1"]
+    for name, version in (("reversal", "2"), ("reversal@1", "1"), ("other", "1")):
+        told = json.loads(run("abc", "--address", address, "--json", "--model", name).stdout)
+        assert told["model"] == {"name": name.partition("@")[0], "version": version}
+    result = CliRunner().invoke(app, ["doctor", address], env={"COLUMNS": "300"})
+    assert result.exit_code == 0
+    for what in ("other 1", "reversal 1", "reversal 2"):
+        assert f"{what} (fp32, cpu): " in result.output
 
 
 def test_of_versions_that_are_no_numbers_the_newest_was_loaded_last(shelf: Shelf, reversal: Reversal) -> None:
