@@ -15,7 +15,6 @@ import json
 import random
 import shutil
 import socket
-import statistics
 import string
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Annotated, Any
 from urllib.request import urlopen
 
 import grpc
+import numpy as np
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -44,6 +44,9 @@ from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 
 MOST_GROWTH = 0.02
 """Of the memory, from the beginning of the second half to the end."""
+
+STRETCHES = 20
+"""That the second half is cut into."""
 
 ENDS = {
     "good": {"OK"},
@@ -139,10 +142,18 @@ class Seen:
 
 
 def growth(megabytes: Sequence[float]) -> float:
-    """By which share memory grew from the beginning of the second half to its end: medians of a tenth of it each."""
-    half = megabytes[len(megabytes) // 2 :]
-    tenth = max(1, len(half) // 10)
-    return statistics.median(half[-tenth:]) / statistics.median(half[:tenth]) - 1
+    """By which share memory grew in the second half: the median slope (Theil-Sen) of its floor.
+
+    Memory goes up and down by a third with the answers that happen to be under way. What leaks stays when they go: so
+    the least of every stretch is what counts.
+    """
+    half = np.array(megabytes[len(megabytes) // 2 :])
+    floor = np.array([stretch.min() for stretch in np.array_split(half, min(STRETCHES, len(half)))])
+    if len(floor) < 2:
+        return 0.0
+    first, second = np.triu_indices(len(floor), 1)
+    slope = np.median((floor[second] - floor[first]) / (second - first))
+    return float(slope * (len(floor) - 1) / np.median(floor))
 
 
 def judged(seen: Seen) -> list[str]:
