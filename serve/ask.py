@@ -1,7 +1,7 @@
 """`limelight ask`: answers from a server, and which input each output came from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Unpack
 
@@ -12,11 +12,12 @@ from model.picture import draw_png
 from serve import ask_options as options
 from serve.answers import Answer, ModelInfo
 from serve.channel import Credentials
-from serve.client import Client, WantedSearch, Which
+from serve.client import Client
 from serve.credential_options import with_credentials
 from serve.page import write_page
 from serve.show import show_details, show_map, show_pieces, show_text, to_json
 from serve.view import View
+from serve.wanted import WantedSearch, Which
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Session:
     target: str | None
     view: View
     stream: bool
-    console: Console
+    console: Console = field(default_factory=lambda: Console(highlight=False, markup=False, emoji=False))
 
     def run(self, texts: Sequence[str]) -> None:
         """Ask about each text in turn."""
@@ -158,10 +159,7 @@ def ask(
         heat_map=not no_heat_map,
         plot=plot,
     )
-    console = Console(highlight=False, markup=False, emoji=False)
     which = options.chosen_model(model)
     with Client(address, timeout=timeout, **credentials) as client:
-        session = Session(
-            client=client, which=which, search=search, target=target, view=view, stream=stream, console=console
-        )
+        session = Session(client=client, which=which, search=search, target=target, view=view, stream=stream)
         session.run(texts)

@@ -8,7 +8,7 @@ import typer
 from model.options import Sampling
 from model.picture import How
 from serve.answers import FamilyName
-from serve.client import Which
+from serve.wanted import Which
 
 SEARCH, ATTENTION = "Search", "Attention"
 SAMPLING = "Sampling: any of these draws an answer instead of searching for the best"

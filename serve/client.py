@@ -25,14 +25,11 @@ from serve.answers import (
     Answer,
     AttentionArray,
     End,
-    FamilyName,
     FamilyShape,
-    FloatName,
     Hypothesis,
     ModelInfo,
     ModelSummary,
     Piece,
-    ReductionName,
     ServerError,
     Start,
     Timings,
@@ -53,6 +50,7 @@ from serve.from_proto import (
 )
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
+from serve.wanted import Wanted, WantedAttention, WantedSearch
 
 __all__ = [
     "Alignment",
@@ -85,47 +83,6 @@ CHANNEL_OPTIONS = (
 """Answers of up to 256 MiB; a dead connection under a call is noticed within six minutes."""
 
 _UNREACHABLE = ("failed to connect", "errors resolving", "DNS resolution failed", "Failed to create channel")
-
-
-class Which(TypedDict):
-    """Which model to ask; empty as for `Client.generate`."""
-
-    model: str
-    version: str
-
-
-class WantedSearch(TypedDict, total=False):
-    """How to search; what is left out or None is left to the server, whose API says what each means."""
-
-    beam_size: int | None
-    hypotheses: int | None
-    length_penalty: float | None
-    longest: int | None
-    coverage_penalty: float | None
-    shortest: int | None
-    prefix: str | None
-    no_repeat_ngram: int | None
-    suppressed: Iterable[str] | None
-    sampling: Sampling | None
-    shortlist: bool | None
-
-
-class WantedAttention(TypedDict, total=False):
-    """Which attention to return.
-
-    Families, none by default; their layers and heads from 0, all by default; what becomes of these; and the type of the
-    weights: float16 halves the bytes and keeps three digits.
-    """
-
-    families: Iterable[FamilyName]
-    layers: Iterable[int]
-    heads: Iterable[int]
-    reduction: ReductionName
-    float_type: FloatName
-
-
-class Wanted(WantedSearch, WantedAttention):
-    """What `Client.generate` takes."""
 
 
 class Client:

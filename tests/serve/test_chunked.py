@@ -13,9 +13,10 @@ import serve.convert
 from export.manifest import FamilyShape
 from model.steps import Array, Memory, Question, Step
 from serve.bundle import ServedModel
-from serve.client import Client, ServerError, Wanted
+from serve.client import Client, ServerError
 from serve.from_proto import read_chunked
 from serve.pb.limelight.v1 import limelight_pb2 as pb
+from serve.wanted import Wanted
 from tests.serve.answers import assert_same
 from tests.serve.attention import CROSS, DECODER, ENCODER
 from tests.serve.faults import assert_idle

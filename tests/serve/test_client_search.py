@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from model.errors import InvalidRequestError
-from serve.client import Client, End, Sampling, ServerError, WantedSearch
+from serve.client import Client, End, Sampling, ServerError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
+from serve.wanted import WantedSearch
 from tests.serve import fake_server
 from tests.serve.running import PATIENCE, Running
 

@@ -16,11 +16,12 @@ from model.options import Sampling
 from model.steps import Question, Step
 from serve.batcher import Batcher
 from serve.bundle import ServedModel, load_model, warm_up
-from serve.client import Client, End, ServerError, WantedSearch
+from serve.client import Client, End, ServerError
 from serve.engine import Engine
 from serve.errors import EngineError
 from serve.jobs import EngineLimits, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
+from serve.wanted import WantedSearch
 from tests.reversal import Reversal, pairs, parts
 from tests.serve import asking, fake_server
 from tests.serve.jobs import LONG, MIDDLE, SHORT, alone, job, result, same
