@@ -1,7 +1,9 @@
 """What the tests of the server share: the model, one server of it for those that only ask, and engines without one."""
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from serve.jobs import EngineLimits
 from tests.reversal import Reversal, reversal_model
 from tests.serve.jobs import MakeEngine
 from tests.serve.running import PATIENCE, Running, serving
+from tests.serve.shelf import Shelf, shelf_of
 from tests.serve.steps import Echo, Gated
 
 
@@ -66,3 +69,11 @@ def make_engine(steps: Gated) -> Iterator[MakeEngine]:
     steps.open()
     for engine in engines:
         assert engine.stop(PATIENCE)
+
+
+@pytest.fixture
+def shelf(reversal: Reversal, tmp_path: Path) -> Iterator[Shelf]:
+    root = tmp_path / "models"
+    shutil.copytree(reversal.bundle, root / "first")
+    with shelf_of(root) as shelf:
+        yield shelf

@@ -1,22 +1,16 @@
 """What the log says of calls, and that nobody waits for it."""
 
-import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import os
 import re
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
@@ -25,9 +19,7 @@ from model.steps import Array, Memory
 from serve.bundle import ServedModel
 from serve.logs import CALL, DROPPED, FIELDS, STDERR, JsonFormatter, Lines, about, written
 from serve.pb.limelight.v1 import limelight_pb2 as pb
-from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.request import ID_KEY, Request, request_id
-from tests.reversal import Reversal
 from tests.serve.running import PATIENCE, Running, generate, serving, stream
 from tests.serve.scraping import scrape, value
 from tests.serve.steps import Echo, Gated
@@ -322,79 +314,6 @@ def test_fault_42_who_ends_does_not_wait_for_a_stuck_disk(monkeypatch: pytest.Mo
         assert disk.entered.wait(PATIENCE)
     assert disk.lines == []
     disk.released.set()
-
-
-Command = Callable[..., contextlib.AbstractContextManager["subprocess.Popen[bytes]"]]
-
-
-@pytest.fixture
-def command(reversal: Reversal, tmp_path: Path) -> Command:
-    """`limelight serve` with its log somewhere; ready when it has written its port."""
-
-    @contextlib.contextmanager
-    def start(log: Any, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
-        arguments = ["serve", str(reversal.bundle), "--port=0", f"--port-file={tmp_path / 'port'}", "--threads=1"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve", *arguments, *options],
-            stderr=log,
-            cwd=REPOSITORY,
-            env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)},
-        )
-        with process:
-            yield process
-            process.kill()
-
-    return start
-
-
-def port(folder: Path, process: "subprocess.Popen[bytes]") -> str:
-    path = folder / "port"
-    while not path.exists():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            raise AssertionError(f"it ended with {process.wait(LOOK)} before it was ready")
-    return path.read_text().strip()
-
-
-def ask(folder: Path, process: "subprocess.Popen[bytes]") -> Any:
-    with grpc.insecure_channel(f"127.0.0.1:{port(folder, process)}") as channel:
-        return generate(LimelightServiceStub(channel)).result(PATIENCE)
-
-
-def test_the_commands_whole_log_is_json(command: Command, tmp_path: Path) -> None:
-    with (tmp_path / "log").open("wb") as log, command(log, "--log-format=json") as process:
-        assert ask(tmp_path, process).hypotheses
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
-    found = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert [line["logger"] for line in found] == ["serve.commands", "serve.access", "serve.server"]
-    assert found[0]["message"].startswith("reversal 1 (fp32, ")
-    assert found[1]["code"] == "OK"
-    assert found[2]["message"] == "stopping: signal SIGTERM"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_fault_42_the_command_serves_and_stops_with_no_room_for_its_log(command: Command, tmp_path: Path) -> None:
-    with Path("/dev/full").open("wb", buffering=0) as log, command(log) as process:
-        assert ask(tmp_path, process).hypotheses
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
-
-
-def test_fault_42_the_command_stops_while_nobody_reads_its_log(command: Command, tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    try:
-        os.set_blocking(writing, False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(writing, b"full" * 1024)
-        os.set_blocking(writing, True)
-        with command(writing) as process:
-            assert ask(tmp_path, process).hypotheses
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE) == 0
-    finally:
-        os.close(reading)
-        os.close(writing)
 
 
 def test_standard_error_is_written_whole(capfd: pytest.CaptureFixture[str]) -> None:

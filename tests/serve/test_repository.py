@@ -18,7 +18,7 @@ from serve.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from tests.reversal import Reversal
 from tests.serve.inferring import refused, request, stub
 from tests.serve.running import PATIENCE, Running
-from tests.serve.test_folder import Shelf, shelf_of
+from tests.serve.shelf import Shelf, shelf_of
 
 
 def test_the_index_lists_what_is_served(running: Running) -> None:
