@@ -278,7 +278,7 @@ class Soaking:
         return asked
 
     async def _look(self) -> None:
-        self.seen.memory.append(memory(self._running.process.pid).proportional)
+        self.seen.memory.append(memory(self._running.process.pid).resident)
         address = f"http://127.0.0.1:{self._server.metrics_port}/metrics"
         text = await asyncio.to_thread(lambda: urlopen(address, timeout=30).read().decode())
         samples = [one for family in text_string_to_metric_families(text) for one in family.samples]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from export.manifest import MANIFEST, BundleError
 from model.errors import LimelightError
+from serve import heap
 from serve.bundle import ServedModel
 from serve.errors import ModelExistsError, ModelNotFoundError
 from serve.models import Models, Serving
@@ -241,8 +242,13 @@ class ModelFolder:
         log.error("model folder: %s cannot be loaded: %s", entry.name, entry.failure, exc_info=unforeseen)
 
     def _retire(self, serving: Serving) -> None:
-        self._retiring.add(task := self._kept(asyncio.create_task(self._models.retire(serving))))
+        self._retiring.add(task := self._kept(asyncio.create_task(self._retired(serving))))
         task.add_done_callback(self._retiring.discard)
+
+    async def _retired(self, serving: Serving) -> None:
+        await self._models.retire(serving)
+        del serving  # nobody else has it: its memory is free
+        await asyncio.to_thread(heap.give_back)
 
     def _kept(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
         """A task that nobody may wait for: the loop alone would not keep it alive."""

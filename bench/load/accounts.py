@@ -15,11 +15,13 @@ class Memory:
     """Megabytes (2^20 bytes) of a process tree.
 
     Attributes:
-        proportional: resident now, pages that processes share counted once (PSS).
+        proportional: resident now, pages that processes share counted once (PSS): to compare trees of processes.
+        resident: now, each process for itself (RSS): to compare one with itself, whatever shares its pages meanwhile.
         peak: the most that was ever resident (RSS), each process for itself.
     """
 
     proportional: float
+    resident: float
     peak: float
 
 
@@ -49,8 +51,9 @@ def memory(root: int) -> Memory:
     """Memory of a tree."""
     tree = process_tree(root)
     proportional = sum(_kibibytes(process, "smaps_rollup", "Pss:") for process in tree)
+    resident = sum(_kibibytes(process, "status", "VmRSS:") for process in tree)
     peak = sum(_kibibytes(process, "status", "VmHWM:") for process in tree)
-    return Memory(proportional / MEGABYTE, peak / MEGABYTE)
+    return Memory(proportional / MEGABYTE, resident / MEGABYTE, peak / MEGABYTE)
 
 
 def _stat(process: int) -> list[str]:

@@ -26,7 +26,7 @@ def cell(**changes: Any) -> Cell:
         "lateness": [0.0] * 99 + [LATE],
         "busy": 0.5,
         "processor_seconds": 0.4,
-        "memory": Memory(10.0, 20.0),
+        "memory": Memory(10.0, 15.0, 20.0),
     }
     return Cell(**{**values, **changes})
 
