@@ -1,20 +1,19 @@
 """An answer with attention of any size: all but the values of it, then these in chunks, then what they amounted to."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from model.steps import Family
+from serve.aside import Aside
 from serve.convert import FAMILY_NUMBERS, AttentionWanted, attention_values
 from serve.jobs import Decoded
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
 CHUNK = 256 * 1024
 """Most bytes of values in a chunk: what is held for a client that does not read, beside the answer itself."""
-
-OffLoop = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class Weights(NamedTuple):
@@ -28,7 +27,7 @@ class Weights(NamedTuple):
 
 
 async def in_chunks(
-    answer: pb.GenerateResponse, wanted: AttentionWanted, decoded: Decoded, off_loop: OffLoop
+    answer: pb.GenerateResponse, wanted: AttentionWanted, decoded: Decoded, aside: Aside
 ) -> AsyncIterator[pb.GenerateChunkedResponse]:
     """The events, each made when it is asked for: only one family at a time is laid out for the wire.
 
@@ -36,12 +35,12 @@ async def in_chunks(
         answer: without values.
         wanted: which attention was asked for.
         decoded: what it was made of.
-        off_loop: runs what takes long elsewhere than on the event loop.
+        aside: runs what takes long.
     """
     yield pb.GenerateChunkedResponse(answer=answer)
     end = pb.ChunkedEnd()
     for one in _attention(wanted, decoded):
-        values = await off_loop(partial(_laid_out, wanted, one))
+        values = await aside.run(partial(_laid_out, wanted, one), one.weights.nbytes // 256)
         for offset in range(0, len(values), CHUNK):
             chunk = pb.AttentionChunk(
                 family=FAMILY_NUMBERS[one.family],

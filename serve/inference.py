@@ -5,14 +5,13 @@ from __future__ import annotations  # grpc's classes are generic to mypy alone
 import asyncio
 import copy
 import importlib.metadata
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import grpc
 
 from model.errors import InvalidRequestError
+from serve.aside import Aside, size_of
 from serve.errors import STOPPING, ModelNotFoundError, NotAllowedError, NotOfferedError, ShuttingDownError
 from serve.folder import ModelFolder
 from serve.in_order import answer_in_order
@@ -29,7 +28,6 @@ from serve.service import client_of
 from serve.statistics import Statistics
 from serve.status import refuse
 
-Result = TypeVar("Result")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 INFERENCE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -64,8 +62,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         self._client_header = client_header
         self._statistics = Statistics()
         self._folder: ModelFolder | None = None
-        # Tokenising and packing take time in proportion to the text: not on the event loop.
-        self._pool = ThreadPoolExecutor(2, "limelight-tensors")
+        self._aside = Aside("limelight-tensors")
 
     def administered(self, folder: ModelFolder) -> InferenceService:
         """The same service, which also loads and unloads what is in a folder."""
@@ -184,12 +181,14 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
             self._find(request.model_name, request.model_version, "model_version").held() as serving,
             self._statistics.request(serving) as counted,
         ):
-            batch = await self._off_loop(lambda: understand_batch(serving.model, request))
+            size = request.ByteSize()
+            batch = await self._aside.run(lambda: understand_batch(serving.model, request), size)
             counted.read()
             tickets: list[Ticket] = []
-            decoded = await self._decoded(serving, batch.jobs(caller, request.ByteSize()), tickets)
+            decoded = await self._decoded(serving, batch.jobs(caller, size), tickets)
             counted.decoded(tickets)
-            return await self._off_loop(lambda: infer_response(request.id, Answers(batch, decoded)))
+            answers = Answers(batch, decoded)
+            return await self._aside.run(lambda: infer_response(request.id, answers), sum(map(size_of, decoded)))
 
     async def _decoded(self, serving: Serving, jobs: Sequence[Job], tickets: list[Ticket]) -> list[Decoded]:
         """What the engine makes of all texts of a request; if one fails, all are given up."""
@@ -219,9 +218,6 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
         self._metrics.item_ended("OK", "OK")
         mark_final(response)
         return pb.ModelStreamInferResponse(infer_response=response)
-
-    async def _off_loop(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, work)
 
 
 def _ready(serving: Serving) -> bool:

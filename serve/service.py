@@ -4,14 +4,14 @@ from __future__ import annotations  # grpc's classes are generic to mypy alone
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
 
 import grpc
 
 from serve.access import caller_name
+from serve.aside import Aside, size_of
 from serve.chunked import in_chunks
 from serve.convert import refuse_unknown_fields
 from serve.jobs import Caller, Decoded, Ticket, deadline_in
@@ -31,8 +31,6 @@ from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1 import limelight_pb2_grpc as rpc
 from serve.request import job_ended
 from serve.stream import TokenStream
-
-Result = TypeVar("Result")
 
 
 class LimelightService(rpc.LimelightServiceServicer):
@@ -54,8 +52,7 @@ class LimelightService(rpc.LimelightServiceServicer):
     ) -> None:
         self._models, self._stopping, self._metrics = models, stopping, metrics
         self._client_header = client_header
-        # Tokenising and packing take time in proportion to the text: not on the event loop.
-        self._pool = ThreadPoolExecutor(2, "limelight-convert")
+        self._aside = Aside("limelight-convert")
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
@@ -87,8 +84,8 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         before, first = time.monotonic(), True
         with self._models.use(request.model, request.version) as serving:
-            asked = await self._off_loop(lambda: understand(serving.model, request))
-            stream = TokenStream(serving.model, asked, version_message(serving.model), self._off_loop)
+            asked = await self._aside.run(lambda: understand(serving.model, request), request.ByteSize())
+            stream = TokenStream(serving.model, asked, version_message(serving.model), self._aside)
             ticket = serving.engine.submit(asked.job(self._caller(context), on_settled=stream.on_settled))
             try:
                 async for event in stream.events(ticket):
@@ -108,11 +105,11 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         with self._models.use(request.model, request.version) as serving:
             model = serving.model
-            asked = await self._off_loop(lambda: understand(model, request))
+            asked = await self._aside.run(lambda: understand(model, request), request.ByteSize())
             ticket = serving.engine.submit(asked.job(self._caller(context)))
             decoded = await self._result(serving, ticket)
-            answer = await self._off_loop(lambda: generate_response(model, asked, decoded, ticket))
-        async for event in in_chunks(answer, asked.wanted, decoded, self._off_loop):
+            answer = await self._aside.run(lambda: generate_response(model, asked, decoded, ticket), size_of(decoded))
+        async for event in in_chunks(answer, asked.wanted, decoded, self._aside):
             yield event
 
     async def Score(
@@ -121,11 +118,12 @@ class LimelightService(rpc.LimelightServiceServicer):
         """See limelight.proto."""
         with self._models.use(request.model, request.version) as serving:
             model = serving.model
-            asked, target = await self._off_loop(lambda: understand_pair(model, request))
+            asked, target = await self._aside.run(lambda: understand_pair(model, request), request.ByteSize())
             ids = [token.id for token in target]
             ticket = serving.engine.submit(asked.job(self._caller(context), target=ids))
             decoded = await self._result(serving, ticket)
-            return await self._off_loop(lambda: score_response(model, asked, request.target, decoded, ticket))
+            work = partial(score_response, model, asked, request.target, decoded, ticket)
+            return await self._aside.run(work, size_of(decoded))
 
     async def GetModel(
         self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse]
@@ -149,10 +147,10 @@ class LimelightService(rpc.LimelightServiceServicer):
     async def _generate(self, request: pb.GenerateRequest, caller: Caller) -> pb.GenerateResponse:
         with self._models.use(request.model, request.version) as serving:
             model = serving.model
-            asked = await self._off_loop(lambda: understand(model, request))
+            asked = await self._aside.run(lambda: understand(model, request), request.ByteSize())
             ticket = serving.engine.submit(asked.job(caller))
             decoded = await self._result(serving, ticket)
-            return await self._off_loop(lambda: generate_response(model, asked, decoded, ticket))
+            return await self._aside.run(lambda: generate_response(model, asked, decoded, ticket), size_of(decoded))
 
     async def _result(self, serving: Serving, ticket: Ticket) -> Decoded:
         try:
@@ -162,9 +160,6 @@ class LimelightService(rpc.LimelightServiceServicer):
             job_ended(ticket, serving)
         self._metrics.answered(ticket, decoded)
         return decoded
-
-    async def _off_loop(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, work)
 
 
 def client_of(context: grpc.aio.ServicerContext[Any, Any], header: str | None) -> str:

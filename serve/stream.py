@@ -3,10 +3,11 @@
 from __future__ import annotations  # grpc's and asyncio's classes are generic to mypy alone
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from model.hypotheses import Node
 from model.tokenizer import SpanStream, Token
+from serve.aside import Aside, size_of
 from serve.bundle import ServedModel
 from serve.convert import (
     Asked,
@@ -21,8 +22,6 @@ from serve.errors import EngineError
 from serve.jobs import Decoded, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 
-OffLoop = Callable[[Callable[[], pb.GenerateStreamResponse]], Awaitable[pb.GenerateStreamResponse]]
-
 
 class TokenStream:
     """Collects what the engine has settled, and makes the stream's events of it.
@@ -31,11 +30,11 @@ class TokenStream:
         model: what is served.
         asked: the request.
         version: which model answers.
-        off_loop: runs what takes long elsewhere than on the event loop.
+        aside: runs what takes long.
     """
 
-    def __init__(self, model: ServedModel, asked: Asked, version: pb.ModelVersion, off_loop: OffLoop) -> None:
-        self._model, self._asked, self._version, self._off_loop = model, asked, version, off_loop
+    def __init__(self, model: ServedModel, asked: Asked, version: pb.ModelVersion, aside: Aside) -> None:
+        self._model, self._asked, self._version, self._aside = model, asked, version, aside
         self._loop = asyncio.get_running_loop()
         self._spans = SpanStream(model.target)
         self._told: list[int] = []
@@ -70,12 +69,12 @@ class TokenStream:
             finally:
                 getter.cancel()
         decoded = future.result()
-        yield await self._off_loop(lambda: self._end(decoded, ticket))
+        yield await self._aside.run(lambda: self._end(decoded, ticket), size_of(decoded))
 
     async def _event(self, item: Decoded | Node) -> pb.GenerateStreamResponse:
         if isinstance(item, Node):
             return self._token(item)
-        return await self._off_loop(lambda: self._start(item))
+        return await self._aside.run(lambda: self._start(item), len(self._asked.source) + size_of(item))
 
     def _start(self, begun: Decoded) -> pb.GenerateStreamResponse:
         attention = encoder_attention(self._asked.wanted, begun.encoder_attention)

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -34,6 +35,14 @@ class Watched(SeedModel):
         """Arrays that somebody keeps."""
         gc.collect()
         return sum(one() is not None for one in self.given)
+
+
+@pytest.fixture(autouse=True)
+def _only_what_is_new_is_collected() -> Iterator[None]:
+    """Collecting takes half a second where all the libraries of a whole test run are looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])

@@ -39,9 +39,9 @@ SEARCHES = [
     for beam_size, length_penalty in [(1, 1.0), (2, 0.6), (4, 1.0), (4, 0.0), (8, 2.0), (16, 1.0), (16, 0.6)]
 ]
 
-TOLERANCES = {"logit": 1e-5, "log-probability": 2e-5, "score": 5e-5, "attention": 1e-5}
-"""Largest differences from a peer; logits in float64, the rest in float32. A score is a total of up to twelve
-log-probabilities where the length does not count."""
+TOLERANCES = {"logit": 1e-5, "log-probability": 2e-5, "score": 5e-5, "attention": 2e-5}
+"""Largest differences from a peer; logits in float64, the rest in float32, where processors differ (of attention, 1.2e-5
+was seen). A score is a total of up to twelve log-probabilities where the length does not count."""
 CLEAR = 2e-5
 """Two candidates nearer than this may well change places between two ways to multiply the same matrices."""
 

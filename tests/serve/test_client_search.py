@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.errors import InvalidRequestError
+from model.hypotheses import LEAST_COVERAGE
 from serve.client import Client, End, Sampling, ServerError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.wanted import WantedSearch
@@ -110,7 +111,7 @@ def test_the_coverage_penalty_counts_what_was_not_looked_at(client: Client, beam
     plain = client.generate("abcdefgh", **wanted).best
     best = client.generate("abcdefgh", **wanted, coverage_penalty=0.5, families=["cross"]).best
     received = best.attention["cross"].weights.mean((0, 1), dtype=np.float64).sum(0)
-    term = 0.5 * float(np.log(np.minimum(received, 1.0)).sum())
+    term = 0.5 * float(np.log(received.clip(LEAST_COVERAGE, 1.0)).sum())
     assert best.score == pytest.approx(best.log_probability / len(best.tokens) + term, abs=1e-4)
     assert best.score < plain.score
 

@@ -164,6 +164,8 @@ def test_calls_at_the_same_time_keep_their_ids(gated: Running, gate: Gated) -> N
 
 
 def test_what_is_done_off_the_loop_is_done_for_the_call(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.aside.SMALL", -1)
+
     def check(message: Any) -> None:  # noqa: ARG001
         logging.getLogger("elsewhere").warning("on %s", threading.current_thread().name)
 

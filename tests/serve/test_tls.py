@@ -197,10 +197,9 @@ def test_fault_41_who_fails_to_connect_does_not_fill_the_log(reversal: Reversal,
     with log.open("wb") as written:
         process = subprocess.Popen([sys.executable, "-m", "serve", *arguments, *secured], stderr=written)
     try:
-        while not port_file.exists():
-            assert process.poll() is None, log.read_text(encoding="utf-8")
+        while "on 127.0.0.1:" not in (before := log.read_text(encoding="utf-8")):
+            assert process.poll() is None, before
         port = int(port_file.read_text(encoding="ascii"))
-        before = log.read_text(encoding="utf-8")
         for _ in range(100):
             with socket.create_connection(("127.0.0.1", port), PATIENCE) as plain, suppress(ConnectionResetError):
                 plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -208,7 +207,6 @@ def test_fault_41_who_fails_to_connect_does_not_fill_the_log(reversal: Reversal,
                     pass
         with Client(f"127.0.0.1:{port}", ca=server.ca, certificate=server.certificate, key=server.key) as client:
             assert client.generate("abcd").best.text == "dcba"
-        assert "on 127.0.0.1:" in before
     finally:
         process.terminate()
         status = process.wait(PATIENCE)
