@@ -4,10 +4,11 @@
     python -m bench.soak --minutes 3 --leak 4096      the negative control: a server that leaks, which must be found
 
 A server is asked for texts of random lengths with random options, alone, as streams and many at a time; some callers
-give up midway, some send what must be refused; and now and then its model is swapped. Its memory and its metrics are
-looked at all the time. Judged are: that every call ends in a way that it may; that the memory grows by less than 2 % in
-the second half; that no row, request or call is left at the end; that the last model is what is served; that it stops
-when told to.
+give up midway, some send what must be refused; and now and then its model is swapped. Its metrics are looked at all the
+time. From time to time nobody asks, until nothing is under way: what memory it has then is what it keeps, whatever the
+answers were that it had in hand before. Judged are: that every call ends in a way that it may; that the memory at rest
+grows by less than 2 % in the second half; that no row, request or call is left whenever nobody asks; that the last
+model is what is served; that it stops when told to.
 """
 
 import asyncio
@@ -45,9 +46,6 @@ from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 MOST_GROWTH = 0.02
 """Of the memory, from the beginning of the second half to the end."""
 
-STRETCHES = 20
-"""That the second half is cut into."""
-
 ENDS = {
     "good": {"OK"},
     "given up": {"OK", "CANCELLED"},
@@ -63,6 +61,9 @@ GAUGES = ("limelight_rows", "limelight_queue_length", "limelight_calls_in_flight
 
 CALLERS, LOOK = 12, 1.0
 """At a time; seconds between two looks at the server."""
+
+PATIENCE = 20.0
+"""Seconds in which nothing may be left of what was asked, when nobody asks any more."""
 
 FAMILIES = (pb.ATTENTION_FAMILY_ENCODER, pb.ATTENTION_FAMILY_DECODER, pb.ATTENTION_FAMILY_CROSS)
 
@@ -93,11 +94,13 @@ class Soaked(Server):
         longest_text: in characters.
         target: that is scored.
         swap_every: seconds, after which the model is swapped.
+        rest_every: seconds, after which nobody asks for a moment.
         leak: bytes of every call that it keeps.
     """
 
     metrics_port: int
     swap_every: float = 60.0
+    rest_every: float = 15.0
     letters: str = string.ascii_lowercase + "'"
     longest_text: int = 40
     target: str = "K AE1 T"
@@ -123,15 +126,19 @@ class Seen:
 
     Attributes:
         ends: how calls of each kind ended, counted.
-        memory: megabytes, at every look.
+        memory: megabytes, whenever nobody asked.
+        busy: megabytes, at every look.
         metrics: of the last look, by name.
+        left: gauges that were not 0 although nobody asked any more.
         swaps: how often the model was swapped.
         versions: that are served at the end.
     """
 
     ends: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in ENDS})
     memory: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
     swaps: int = 0
     versions: list[str] = field(default_factory=list)
 
@@ -142,18 +149,13 @@ class Seen:
 
 
 def growth(megabytes: Sequence[float]) -> float:
-    """By which share memory grew in the second half: the median slope (Theil-Sen) of its floor.
-
-    Memory goes up and down by a third with the answers that happen to be under way. What leaks stays when they go: so
-    the least of every stretch is what counts.
-    """
+    """By which share memory grew in the second half: the median slope (Theil-Sen), so that no single peak counts."""
     half = np.array(megabytes[len(megabytes) // 2 :])
-    floor = np.array([stretch.min() for stretch in np.array_split(half, min(STRETCHES, len(half)))])
-    if len(floor) < 2:
+    if len(half) < 2:
         return 0.0
-    first, second = np.triu_indices(len(floor), 1)
-    slope = np.median((floor[second] - floor[first]) / (second - first))
-    return float(slope * (len(floor) - 1) / np.median(floor))
+    first, second = np.triu_indices(len(half), 1)
+    slope = np.median((half[second] - half[first]) / (second - first))
+    return float(slope * (len(half) - 1) / np.median(half))
 
 
 def judged(seen: Seen) -> list[str]:
@@ -169,7 +171,7 @@ def judged(seen: Seen) -> list[str]:
         failures.append(f"memory grew by {100 * grown:.1f} % in the second half, {100 * MOST_GROWTH:.0f} are allowed")
     if seen.versions != [str(seen.swaps)]:
         failures.append(f"the versions {seen.versions} are served after {seen.swaps} swaps")
-    failures += [f"{name} is {seen.metrics.get(name)} at the end" for name in GAUGES if seen.metrics.get(name) != 0.0]
+    failures += [f"{name} is not 0 although nobody asks" for name in sorted(seen.left)]
     return failures
 
 
@@ -185,34 +187,56 @@ class Soaking:
     def __init__(self, server: Soaked, running: Running, seed: int) -> None:
         self._server, self._running = server, running
         self._random = random.Random(seed)
+        self._open = asyncio.Event()
+        self._under_way = 0
         self.seen = Seen()
 
     async def run(self, seconds: float, tell: Callable[[Seen], None]) -> Seen:
-        """Ask for so long; then look until nothing is left, or has been for too long."""
-        end = time.monotonic() + seconds
+        """Ask for so long."""
+        begun = time.monotonic()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self._running.port}") as channel:
             stub = LimelightServiceStub(channel)
-            callers = [asyncio.create_task(self._call_until(stub, end)) for _ in range(CALLERS)]
-            due = time.monotonic() + self._server.swap_every
-            while time.monotonic() < end:
+            callers = [asyncio.create_task(self._call_until(stub, begun + seconds)) for _ in range(CALLERS)]
+            swap, rest = begun + self._server.swap_every, begun + self._server.rest_every
+            self._open.set()
+            while (now := time.monotonic()) < begun + seconds:
                 await asyncio.sleep(LOOK)
                 await self._look()
-                if time.monotonic() >= due:
+                if now >= swap:
                     self.seen.swaps += 1
                     await asyncio.to_thread(self._server.swapped, self.seen.swaps)
-                    due += self._server.swap_every
+                    swap += self._server.swap_every
+                if now >= rest:
+                    await self._rest()
+                    rest += self._server.rest_every
                 tell(self.seen)
+            self._open.set()
             await asyncio.gather(*callers)
-        for _ in range(20):
-            await self._look()
-            if not any(self.seen.metrics[name] for name in GAUGES) and self.seen.versions == [str(self.seen.swaps)]:
-                break
-            await asyncio.sleep(LOOK)
+        await self._rest()
         return self.seen
+
+    async def _rest(self) -> None:
+        """Let nobody ask until nothing is left, and look at what memory the server keeps."""
+        self._open.clear()
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            await self._look()
+            if not self._under_way and not self._left and self.seen.versions == [str(self.seen.swaps)]:
+                break
+            await asyncio.sleep(LOOK / 10)
+        self.seen.left |= self._left
+        self.seen.memory.append(self.seen.busy[-1])
+        self._open.set()
+
+    @property
+    def _left(self) -> set[str]:
+        return {name for name in GAUGES if self.seen.metrics.get(name) != 0.0}
 
     async def _call_until(self, stub: Any, end: float) -> None:
         calls = (self._unary, self._stream, self._score, self._many)
         while time.monotonic() < end:
+            await self._open.wait()
+            self._under_way += 1
             call = self._random.choices(calls, (6, 3, 1, 1))[0]
             kind = self._random.choices(tuple(ENDS), (1 - GIVEN_UP - BAD, GIVEN_UP, BAD))[0]
             task = asyncio.create_task(call(stub, kind))
@@ -226,6 +250,7 @@ class Soaking:
             except grpc.aio.AioRpcError as error:
                 code = error.code().name
             self.seen.ends[kind][code] += 1
+            self._under_way -= 1
 
     async def _unary(self, stub: Any, kind: str) -> str:
         await stub.Generate(pb.GenerateRequest(**self._asked(kind)), timeout=60)
@@ -278,7 +303,7 @@ class Soaking:
         return asked
 
     async def _look(self) -> None:
-        self.seen.memory.append(memory(self._running.process.pid).resident)
+        self.seen.busy.append(memory(self._running.process.pid).resident)
         address = f"http://127.0.0.1:{self._server.metrics_port}/metrics"
         text = await asyncio.to_thread(lambda: urlopen(address, timeout=30).read().decode())
         samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
@@ -339,7 +364,7 @@ def main(
         task = progress.add_task("soaking", total=seconds)
 
         def tell(seen: Seen) -> None:
-            about = f"{seen.calls:,} calls, {seen.memory[-1]:.0f} MB"
+            about = f"{seen.calls:,} calls, {seen.busy[-1]:.0f} MB"
             progress.update(task, completed=time.monotonic() - begun, description=about)
 
         seen, failures = soak(server, seconds, seed, tell)
@@ -351,7 +376,8 @@ def main(
         "calls": seen.calls,
         "swaps": seen.swaps,
         "ends": {kind: dict(counts) for kind, counts in seen.ends.items()},
-        "megabytes": [round(one, 2) for one in seen.memory[:: max(1, len(seen.memory) // 120)]],
+        "megabytes_at_rest": [round(one, 2) for one in seen.memory],
+        "most_megabytes": max(seen.busy),
         "growth": grown,
         "failures": failures,
     }

@@ -40,8 +40,8 @@ SEARCHES = [
 ]
 
 TOLERANCES = {"logit": 1e-5, "log-probability": 2e-5, "score": 5e-5, "attention": 2e-5}
-"""Largest differences from a peer; logits in float64, the rest in float32, where processors differ (of attention, 1.2e-5
-was seen). A score is a total of up to twelve log-probabilities where the length does not count."""
+"""Largest differences from a peer; logits in float64, the rest in float32, where processors differ (of attention,
+1.2e-5 was seen). A score is a total of up to twelve log-probabilities where the length does not count."""
 CLEAR = 2e-5
 """Two candidates nearer than this may well change places between two ways to multiply the same matrices."""
 
