@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from model.search import Hypothesis, SearchOptions, search
 from model.steps import ALL_FAMILIES, Family
@@ -29,6 +30,18 @@ def job(
 ) -> Job:
     choices.setdefault("options", SearchOptions(longest=16, beam_size=beam_size, hypotheses=hypotheses))
     return Job(source=list(source), attention=attention, **choices)
+
+
+def submitted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that an engine is given from now on."""
+    seen, submit = list[Job](), engine.submit
+
+    def told(job: Job) -> Ticket:
+        seen.append(job)
+        return submit(job)
+
+    monkeypatch.setattr(engine, "submit", told)
+    return seen
 
 
 def result(ticket: Ticket) -> Decoded:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from export.manifest import MANIFEST
-from serve.bundle import load_model
+from serve.bundle import ServedModel, load_model
 from serve.folder import Load, ModelFolder
 from serve.jobs import EngineLimits
 from serve.models import Models
@@ -24,8 +24,25 @@ from serve.pb.limelight.v1.admin_pb2_grpc import AdminServiceStub
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.server import ServerOptions, create_server
 from tests.serve.running import PATIENCE, Running, begin
+from tests.serve.steps import Gated
 
 LOAD: Load = partial(load_model, provider="cpu", threads=1)
+
+
+class GatedLoad:
+    """Loads models whose steps wait for the test.
+
+    Attributes:
+        gates: of all that were loaded, the first one first.
+    """
+
+    def __init__(self) -> None:
+        self.gates: list[Gated] = []
+
+    def __call__(self, bundle: Path) -> ServedModel:
+        model = LOAD(bundle)
+        self.gates.append(Gated(model.steps))
+        return replace(model, steps=self.gates[-1])
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from serve.calls import Calls
 from serve.client import Client, ServerError
 from serve.errors import PermissionDeniedError
 from serve.folder import ModelFolder
-from serve.jobs import EngineLimits, Job, Ticket
+from serve.jobs import EngineLimits
 from serve.metrics import Metrics
 from serve.models import Models
 from serve.observer import Observer
@@ -34,6 +34,7 @@ from serve.server import SERVICE, ServerOptions, create_server
 from tests.reversal import Reversal
 from tests.serve import asking
 from tests.serve.authority import replace
+from tests.serve.jobs import submitted
 from tests.serve.running import PATIENCE, Running, begin, models_of, serving
 
 ALICE, BOB, ROOT = "alices-token", "bobs-token", "roots-token"
@@ -245,14 +246,7 @@ def test_methods_of_every_kind_are_guarded(served: ServedModel, file: Path, kind
 
 def test_a_name_is_the_client_for_fairness(served: ServedModel, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(served, security=Security(token_file=file), client_header="x-client") as running:
-        engine, seen = running.engine, list[Job]()
-        submit = engine.submit
-
-        def told(job: Job) -> Ticket:
-            seen.append(job)
-            return submit(job)
-
-        monkeypatch.setattr(engine, "submit", told)
+        seen = submitted(running.engine, monkeypatch)
         for name in ("Generate", "Score", "GenerateStream", "GenerateMany"):
             call(running, name, (*bearer(ALICE), ("x-client", "bob")))
             call(running, name, bearer(BOB))

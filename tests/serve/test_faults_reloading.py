@@ -9,7 +9,6 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ from serve.server import ServerOptions, create_server
 from tests.reversal import Reversal
 from tests.serve.jobs import job
 from tests.serve.running import PATIENCE, begin
-from tests.serve.shelf import LOAD, Shelf, change, failed, load_entry, shelf_of, truncate, unload_entry
-from tests.serve.steps import Gated
+from tests.serve.shelf import LOAD, GatedLoad, Shelf, change, failed, load_entry, shelf_of, truncate, unload_entry
 
 SWAPS, CLIENTS = int(os.environ.get("LIMELIGHT_TEST_SWAPS", "10")), 20
 
@@ -176,13 +174,7 @@ def test_a_reload_that_nobody_waits_for_is_done_all_the_same(reversal: Reversal,
 
 def test_fault_34_a_model_that_was_swapped_out_and_hangs_is_noticed(reversal: Reversal, tmp_path: Path) -> None:
     shutil.copytree(reversal.bundle, tmp_path / "model")
-    gates: list[Gated] = []
-
-    def load(bundle: Path) -> ServedModel:
-        model = LOAD(bundle)
-        gates.append(Gated(model.steps))
-        return replace(model, steps=gates[-1])
-
+    load = GatedLoad()
     models = Models(EngineLimits())
     folder = ModelFolder(tmp_path, load, models)
     begin(folder.load_all()).result(PATIENCE)
@@ -190,13 +182,13 @@ def test_fault_34_a_model_that_was_swapped_out_and_hangs_is_noticed(reversal: Re
     try:
         old = models.find("").engine
         old.submit(job([4, END]))
-        gates[0].wait()
+        load.gates[0].wait()
         change(tmp_path / "model", version="2")
         begin(folder.reload()).result(PATIENCE)
         begin(asyncio.wait_for(server.failed.wait(), PATIENCE)).result(PATIENCE)
         assert old.failed
     finally:
-        for gate in gates:
+        for gate in load.gates:
             gate.open()
         begin(server.stop(0)).result(PATIENCE)
 

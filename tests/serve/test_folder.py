@@ -5,7 +5,6 @@ import json
 import shutil
 import tempfile
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from typer.testing import CliRunner
 
 from export.manifest import BundleError
 from serve.answers import Answer, Start
-from serve.bundle import ServedModel
 from serve.cli import app
 from serve.client import Client
 from serve.errors import ModelNotFoundError
@@ -29,8 +27,7 @@ from serve.server import ServerOptions, create_server
 from tests.reversal import Reversal
 from tests.serve.asking import run
 from tests.serve.running import PATIENCE, Running, begin, generate
-from tests.serve.shelf import LOAD, Shelf, change, failed, load_entry, shelf_of, truncate, unload_entry
-from tests.serve.steps import Gated
+from tests.serve.shelf import LOAD, GatedLoad, Shelf, change, failed, load_entry, shelf_of, truncate, unload_entry
 
 
 def test_a_bundle_is_an_entry_by_its_own_name_and_a_folder_has_them_by_place(
@@ -182,25 +179,19 @@ def test_what_was_unloaded_stays_away_until_it_is_asked_for(shelf: Shelf) -> Non
 
 def test_calls_under_way_are_answered_by_the_version_that_took_them(reversal: Reversal, tmp_path: Path) -> None:
     shutil.copytree(reversal.bundle, tmp_path / "model")
-    gates: list[Gated] = []
-
-    def load(bundle: Path) -> ServedModel:
-        model = LOAD(bundle)
-        gates.append(Gated(model.steps))
-        return replace(model, steps=gates[-1])
-
+    load = GatedLoad()
     with shelf_of(tmp_path, load) as shelf:
         before = generate(shelf.running.stub)
         old = shelf.running.engine
-        gates[0].wait()
+        load.gates[0].wait()
         change(tmp_path / "model", version="2")
         shelf.reload()
         assert [one.version for one in shelf.running.server.models.all] == ["2", "1"]
         after = generate(shelf.running.stub)
-        gates[1].open()
+        load.gates[1].open()
         assert after.result(PATIENCE).model.version == "2"
         assert not before.done()
-        gates[0].open()
+        load.gates[0].open()
         answer = before.result(PATIENCE)
         assert (answer.model.version, answer.hypotheses[0].text) == ("1", "hgfedcba")
         shelf.until_retired()

@@ -11,10 +11,10 @@ import serve.waiting
 from model.search import SearchOptions
 from serve.bundle import ServedModel
 from serve.errors import ExpiredError, QueueFullError
-from serve.jobs import PATIENCE, EngineLimits, Job, Ticket
+from serve.jobs import PATIENCE, EngineLimits, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.waiting import REMEMBERED, Waiting
-from tests.serve.jobs import SHORT, MakeEngine, job, occupied, tokens
+from tests.serve.jobs import SHORT, MakeEngine, job, occupied, submitted, tokens
 from tests.serve.running import PATIENCE as PATIENCE_OF_TESTS
 from tests.serve.running import serving
 from tests.serve.steps import Gated
@@ -328,14 +328,7 @@ def test_a_client_is_an_address_or_what_a_header_says(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch, header: str | None, sent: str | None, clients: set[str]
 ) -> None:
     with serving(served, client_header=header) as running:
-        engine, seen = running.engine, list[Job]()
-        submit = engine.submit
-
-        def told(job: Job) -> Ticket:
-            seen.append(job)
-            return submit(job)
-
-        monkeypatch.setattr(engine, "submit", told)
+        seen = submitted(running.engine, monkeypatch)
         about: Any = {"metadata": () if sent is None else ((HEADER, sent),), "timeout": PATIENCE_OF_TESTS}
         running.stub.Generate(pb.GenerateRequest(source="abc"), **about)
         running.stub.Score(pb.ScoreRequest(source="abc", target="cba"), **about)
