@@ -5,15 +5,15 @@
 
 A server is asked for texts of random lengths with random options, alone, as streams and many at a time; some callers
 give up midway, some send what must be refused; and now and then its model is swapped. Its metrics are looked at all the
-time. From time to time nobody asks, until nothing is under way: what memory it has then is what it keeps, whatever the
-answers were that it had in hand before. Judged are: that every call ends in a way that it may; that the memory at rest
-grows by less than 2 % in the second half; that no row, request or call is left whenever nobody asks; that the last
-model is what is served; that it stops when told to.
+time. From time to time nobody asks, until nothing is under way, and the model is swapped once more: what memory the
+server has then is what it keeps, whatever answers it had in hand before, and however much its graphs took for them.
+Judged are: that every call ends in a way that it may; that the memory at rest grows by less than 2 % in the second
+half; that no row, request or call is left whenever nobody asks; that the last model is what is served; that it stops
+when told to.
 """
 
 import asyncio
 import json
-import random
 import shutil
 import socket
 import string
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.request import urlopen
 
 import grpc
@@ -39,33 +39,27 @@ from bench.load.accounts import memory
 from bench.load.options import ServingOptions
 from bench.load.servers import ROOT, LoadError, Running, Server, ServerName, share_processors, started
 from bench.load.workload import ModelName, prepare
+from bench.soak_calls import ENDS, Callers, Texts
 from export.manifest import MANIFEST
-from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 
 MOST_GROWTH = 0.02
 """Of the memory, from the beginning of the second half to the end."""
 
-ENDS = {
-    "good": {"OK"},
-    "given up": {"OK", "CANCELLED"},
-    "bad": {"INVALID_ARGUMENT", "NOT_FOUND"},
-}
-"""How calls of each kind may end."""
-
-GIVEN_UP, BAD = 0.05, 0.01
-"""Shares of the calls."""
-
 GAUGES = ("limelight_rows", "limelight_queue_length", "limelight_calls_in_flight")
 """What must be 0 when nobody asks."""
 
-CALLERS, LOOK = 12, 1.0
-"""At a time; seconds between two looks at the server."""
+MANY = 12
+"""Callers at a time."""
 
-PATIENCE = 20.0
-"""Seconds in which nothing may be left of what was asked, when nobody asks any more."""
+PATIENCE = 60.0
+"""Seconds in which nothing may be left of what was asked, when nobody asks any more, and the new model is served."""
 
-FAMILIES = (pb.ATTENTION_FAMILY_ENCODER, pb.ATTENTION_FAMILY_DECODER, pb.ATTENTION_FAMILY_CROSS)
+SETTLE = 5
+"""Looks at the memory at rest, of which the least counts: a model that was swapped out still has to go."""
+
+WORDS = Texts(string.ascii_lowercase + "'", 40, "K AE1 T")
+"""As they are asked of the shipped model."""
 
 LEAKING = """
 import sys
@@ -90,27 +84,31 @@ class Soaked(Server):
 
     Attributes:
         metrics_port: where it is scraped.
-        letters: of the texts that it is asked for.
-        longest_text: in characters.
-        target: that is scored.
+        texts: that it is asked for.
         swap_every: seconds, after which the model is swapped.
         rest_every: seconds, after which nobody asks for a moment.
+        look_every: seconds, after which the server is looked at, and looks at its models.
         leak: bytes of every call that it keeps.
     """
 
     metrics_port: int
     swap_every: float = 60.0
     rest_every: float = 15.0
-    letters: str = string.ascii_lowercase + "'"
-    longest_text: int = 40
-    target: str = "K AE1 T"
+    look_every: float = 1.0
+    texts: Texts = WORDS
     leak: int = 0
 
     def command(self, folder: Path) -> list[str]:
         """See `Server`."""
         python, *module = super().command(folder)[:3]
         program = ["-c", LEAKING.format(size=self.leak)] if self.leak else module
-        return [python, *program, *super().command(folder)[3:], f"--metrics-port={self.metrics_port}", "--poll=1"]
+        return [
+            python,
+            *program,
+            *super().command(folder)[3:],
+            f"--metrics-port={self.metrics_port}",
+            f"--poll={self.look_every}",
+        ]
 
     def swapped(self, number: int) -> None:
         """Give the model another version, whole or not at all: the server will find it."""
@@ -134,7 +132,7 @@ class Seen:
         versions: that are served at the end.
     """
 
-    ends: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in ENDS})
+    ends: dict[str, Counter[str]]
     memory: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -186,121 +184,59 @@ class Soaking:
 
     def __init__(self, server: Soaked, running: Running, seed: int) -> None:
         self._server, self._running = server, running
-        self._random = random.Random(seed)
-        self._open = asyncio.Event()
-        self._under_way = 0
-        self.seen = Seen()
+        self._callers = Callers(server.texts, seed)
+        self.seen = Seen(ends=self._callers.ends)
 
     async def run(self, seconds: float, tell: Callable[[Seen], None]) -> Seen:
         """Ask for so long."""
         begun = time.monotonic()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self._running.port}") as channel:
             stub = LimelightServiceStub(channel)
-            callers = [asyncio.create_task(self._call_until(stub, begun + seconds)) for _ in range(CALLERS)]
+            callers = [asyncio.create_task(self._callers.until(stub, begun + seconds)) for _ in range(MANY)]
             swap, rest = begun + self._server.swap_every, begun + self._server.rest_every
-            self._open.set()
+            self._callers.going.set()
             while (now := time.monotonic()) < begun + seconds:
-                await asyncio.sleep(LOOK)
+                await asyncio.sleep(self._server.look_every)
                 await self._look()
                 if now >= swap:
-                    self.seen.swaps += 1
-                    await asyncio.to_thread(self._server.swapped, self.seen.swaps)
+                    await self._swap()
                     swap += self._server.swap_every
                 if now >= rest:
                     await self._rest()
                     rest += self._server.rest_every
                 tell(self.seen)
-            self._open.set()
+            self._callers.going.set()
             await asyncio.gather(*callers)
         await self._rest()
         return self.seen
 
+    async def _swap(self) -> None:
+        self.seen.swaps += 1
+        await asyncio.to_thread(self._server.swapped, self.seen.swaps)
+
     async def _rest(self) -> None:
-        """Let nobody ask until nothing is left, and look at what memory the server keeps."""
-        self._open.clear()
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            await self._look()
-            if not self._under_way and not self._left and self.seen.versions == [str(self.seen.swaps)]:
-                break
-            await asyncio.sleep(LOOK / 10)
+        """Let nobody ask until nothing is left, swap the model, and look at what memory the server keeps."""
+        self._callers.going.clear()
+        await self._until(lambda: not (self._callers.under_way or self._left))
         self.seen.left |= self._left
-        self.seen.memory.append(self.seen.busy[-1])
-        self._open.set()
+        await self._swap()
+        await self._until(lambda: self.seen.versions == [str(self.seen.swaps)])
+        for _ in range(SETTLE):
+            await asyncio.sleep(self._server.look_every / SETTLE)
+            await self._look()
+        self.seen.memory.append(min(self.seen.busy[-SETTLE:]))
+        self._callers.going.set()
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE
+        await self._look()
+        while not is_so() and time.monotonic() < end:
+            await asyncio.sleep(self._server.look_every / SETTLE)
+            await self._look()
 
     @property
     def _left(self) -> set[str]:
         return {name for name in GAUGES if self.seen.metrics.get(name) != 0.0}
-
-    async def _call_until(self, stub: Any, end: float) -> None:
-        calls = (self._unary, self._stream, self._score, self._many)
-        while time.monotonic() < end:
-            await self._open.wait()
-            self._under_way += 1
-            call = self._random.choices(calls, (6, 3, 1, 1))[0]
-            kind = self._random.choices(tuple(ENDS), (1 - GIVEN_UP - BAD, GIVEN_UP, BAD))[0]
-            task = asyncio.create_task(call(stub, kind))
-            if kind == "given up":
-                await asyncio.wait((task,), timeout=self._random.expovariate(50))
-                task.cancel()
-            try:
-                code = await task
-            except asyncio.CancelledError:
-                code = "CANCELLED"
-            except grpc.aio.AioRpcError as error:
-                code = error.code().name
-            self.seen.ends[kind][code] += 1
-            self._under_way -= 1
-
-    async def _unary(self, stub: Any, kind: str) -> str:
-        await stub.Generate(pb.GenerateRequest(**self._asked(kind)), timeout=60)
-        return "OK"
-
-    async def _stream(self, stub: Any, kind: str) -> str:
-        async for _ in stub.GenerateStream(pb.GenerateStreamRequest(**self._asked(kind)), timeout=60):
-            pass
-        return "OK"
-
-    async def _score(self, stub: Any, kind: str) -> str:
-        asked = self._asked(kind)
-        del asked["search"]
-        if kind == "bad":
-            asked["source"] = ""
-        await stub.Score(pb.ScoreRequest(target=self._server.target, **asked), timeout=60)
-        return "OK"
-
-    async def _many(self, stub: Any, kind: str) -> str:
-        items = [
-            pb.GenerateManyRequest(id=str(number), request=pb.GenerateRequest(**self._asked(kind)))
-            for number in range(self._random.randint(1, 20))
-        ]
-        codes = Counter[int]()
-        async for answer in stub.GenerateMany(iter(items), timeout=60):
-            codes[answer.error.code] += 1
-        if codes.total() != len(items):
-            return "LOST"
-        names = {next(code.name for code in grpc.StatusCode if code.value[0] == number) for number in codes}
-        return " and ".join(sorted(names - ENDS[kind])) or min(names)
-
-    def _asked(self, kind: str) -> dict[str, Any]:
-        letters = self._random.choices(self._server.letters, k=self._random.randint(1, self._server.longest_text))
-        beam = self._random.choice((1, 1, 1, 2, 4, 8))
-        search = pb.SearchOptions(beam_size=beam, hypotheses=self._random.randint(1, beam))
-        families = [family for family in FAMILIES if self._random.random() < 0.3]
-        asked = {
-            "source": "".join(letters),
-            "search": search,
-            "attention": pb.AttentionOptions(families=families),
-        }
-        if kind == "bad":
-            wrong: list[dict[str, Any]] = [
-                {"source": ""},
-                {"source": "x" * 100_000},
-                {"search": pb.SearchOptions(beam_size=10**6)},
-                {"model": "no such model"},
-            ]
-            asked |= self._random.choice(wrong)
-        return asked
 
     async def _look(self) -> None:
         self.seen.busy.append(memory(self._running.process.pid).resident)

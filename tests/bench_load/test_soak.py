@@ -12,6 +12,7 @@ import pytest
 from bench.load.options import ServingOptions
 from bench.load.servers import ServerName
 from bench.soak import GAUGES, Seen, Soaked, free_port, growth, judged, soak
+from bench.soak_calls import Texts
 from tests.reversal import Reversal
 
 
@@ -58,9 +59,9 @@ def server(reversal: Reversal, **changes: Any) -> Soaked:
         model=reversal.bundle,
         options=ServingOptions(),
         metrics_port=free_port(),
-        letters="abcdefgh",
-        longest_text=8,
-        target="abc",
+        texts=Texts("abcdefgh", 8, "abc"),
+        rest_every=1.0,
+        look_every=0.1,
         **changes,
     )
 
@@ -68,9 +69,7 @@ def server(reversal: Reversal, **changes: Any) -> Soaked:
 def test_fault_42_a_short_soak(reversal: Reversal) -> None:
     """Everything but the growth of the memory, which a few seconds say nothing of."""
     looks: list[int] = []
-    found, failures = soak(
-        server(reversal, swap_every=2.0, rest_every=1.0), 6.0, 0, lambda one: looks.append(one.calls)
-    )
+    found, failures = soak(server(reversal, swap_every=2.0), 6.0, 0, lambda one: looks.append(one.calls))
     assert [failure for failure in failures if not failure.startswith("memory grew")] == []
     assert found.calls >= looks[-1] > 100
     assert len(found.busy) >= len(looks) > 3
@@ -80,5 +79,5 @@ def test_fault_42_a_short_soak(reversal: Reversal) -> None:
 
 def test_fault_42_a_leak_is_found(reversal: Reversal) -> None:
     """The negative control: half a megabyte of every call is kept."""
-    _, failures = soak(server(reversal, leak=512 * 1024, rest_every=1.0), 8.0, 0, lambda _: None)
+    _, failures = soak(server(reversal, leak=512 * 1024), 8.0, 0, lambda _: None)
     assert [failure for failure in failures if failure.startswith("memory grew")]
