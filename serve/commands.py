@@ -15,9 +15,14 @@ from serve.folder import Load, ModelFolder
 from serve.logs import written
 from serve.models import Models
 from serve.server import Server, serve_until_signal
-from serve.settings import PREFIX, Settings, read_settings, with_flags
+from serve.settings import PREFIX, Settings, read_settings, refuse_service_links, with_flags
 
 log = logging.getLogger(__name__)
+
+
+def _before_variables_are_read(value: Path | None) -> Path | None:
+    refuse_service_links(os.environ)
+    return value
 
 
 @with_flags
@@ -26,7 +31,13 @@ def serve(
     config: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, envvar=f"{PREFIX}CONFIG", show_envvar=False, help="TOML file of settings."
+            exists=True,
+            dir_okay=False,
+            envvar=f"{PREFIX}CONFIG",
+            show_envvar=False,
+            is_eager=True,
+            callback=_before_variables_are_read,
+            help="TOML file of settings.",
         ),
     ] = None,
     **given: Any,

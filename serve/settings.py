@@ -6,6 +6,7 @@ none of them sets is as this file has it; what is unknown in any of them is refu
 
 import difflib
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -27,6 +28,12 @@ from serve.server import ServerOptions
 
 PREFIX = "LIMELIGHT_SERVE_"
 """Of the variables."""
+
+SERVICE_LINK = re.compile(
+    rf"(?P<service>{PREFIX[:-1]}(?:_.+?)??)_"
+    r"(?:SERVICE_HOST|SERVICE_PORT(?:_.+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?|(?P<port>PORT))"
+)
+"""Variables that Kubernetes puts into every container of a namespace, for a Service whose name begins like ours."""
 
 SHORT = {"port": "-p"}
 """Flags that have a short form too."""
@@ -151,6 +158,7 @@ def read_settings(file: Path | None, given: Mapping[str, Any], environment: Mapp
     Raises:
         ConfigError: naming the file or variable, and what is wrong with it.
     """
+    refuse_service_links(environment)
     known = Settings.model_fields.keys()
     for variable in environment:
         name = variable.removeprefix(PREFIX)
@@ -168,6 +176,24 @@ def read_settings(file: Path | None, given: Mapping[str, Any], environment: Mapp
         return Settings(**values | {name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise ConfigError(f"{file or 'settings'}: {describe(error)}") from None
+
+
+def refuse_service_links(environment: Mapping[str, str]) -> None:
+    """Say so where variables of the prefix are not somebody's settings, but what Kubernetes tells of a Service.
+
+    `LIMELIGHT_SERVE_PORT=tcp://10.0.0.1:50051` would otherwise be a port that is no number.
+
+    Raises:
+        ConfigError: with the Service, and the way out.
+    """
+    for variable, value in environment.items():
+        link = SERVICE_LINK.fullmatch(variable)
+        if link is not None and (link["port"] is None or "://" in value):
+            service = link["service"].lower().replace("_", "-")
+            raise ConfigError(
+                f"{variable}={value}: is no setting, but what Kubernetes tells of a Service named {service}: "
+                "set enableServiceLinks to false in the pod's spec, or name the Service otherwise"
+            )
 
 
 def _read(file: Path) -> dict[str, Any]:

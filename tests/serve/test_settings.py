@@ -191,6 +191,43 @@ def test_a_variable_of_other_letters_is_not_overlooked(started: Started) -> None
     assert str(result.exception) == f"{PREFIX}queue: there is no such setting; {PREFIX}QUEUE is meant?"
 
 
+LINKS = {
+    "LIMELIGHT_SERVE_PORT": "tcp://10.0.0.1:50051",
+    "LIMELIGHT_SERVE_SERVICE_HOST": "10.0.0.1",
+    "LIMELIGHT_SERVE_SERVICE_PORT": "50051",
+    "LIMELIGHT_SERVE_SERVICE_PORT_GRPC": "50051",
+    "LIMELIGHT_SERVE_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+    "LIMELIGHT_SERVE_PORT_50051_TCP_PROTO": "tcp",
+    "LIMELIGHT_SERVE_PORT_50051_TCP_PORT": "50051",
+    "LIMELIGHT_SERVE_PORT_50051_TCP_ADDR": "10.0.0.1",
+}
+"""What Kubernetes tells containers of a Service that is called limelight-serve."""
+
+
+@pytest.mark.parametrize("variable", LINKS)
+def test_what_kubernetes_tells_of_a_service_is_not_taken_for_a_setting(started: Started, variable: str) -> None:
+    result = started.run(**{variable: LINKS[variable]})
+    assert started.settings is None
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == (
+        f"{variable}={LINKS[variable]}: is no setting, but what Kubernetes tells of a Service named limelight-serve: "
+        "set enableServiceLinks to false in the pod's spec, or name the Service otherwise"
+    )
+
+
+@pytest.mark.parametrize("name", ["metrics", "admin"])
+def test_a_service_can_have_the_name_of_a_setting_too(started: Started, name: str) -> None:
+    """Its variable is then exactly that of a port."""
+    result = started.run(**{f"{PREFIX}{name.upper()}_PORT": "udp://10.0.0.1:9"})
+    assert f"of a Service named limelight-serve-{name}:" in str(result.exception)
+
+
+def test_no_setting_looks_like_a_service(started: Started) -> None:
+    variables = {f"{PREFIX}{name.upper()}": str(value) for name, value in OTHERS.items()}
+    result = started.run(**variables)
+    assert (result.exit_code, started.settings) == (0, Settings(**OTHERS)), result.output
+
+
 def test_help_tells_all(started: Started) -> None:
     result = started.run("--help", COLUMNS="300")
     for name, field in Settings.model_fields.items():
