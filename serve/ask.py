@@ -102,7 +102,7 @@ def _draw(path: Path, view: View, info: ModelInfo, text: str, answer: Answer) ->
     write_page(path, f"Attention of {answer.model}", best.text, pictures, details, source=text)
 
 
-@with_credentials
+@with_credentials()
 def ask(
     context: typer.Context,
     texts: options.Texts,

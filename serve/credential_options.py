@@ -57,14 +57,23 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
 """By their names in `serve.channel.Credentials`: how each is given, and its default."""
 
 
-def with_credentials(command: Callable[..., None]) -> Callable[..., None]:
-    """Let typer find these options among a command's parameters, in place of its `**credentials`."""
-    signature = inspect.signature(command)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (annotation, default) in OPTIONS.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-    command.__annotations__ |= {option.name: option.annotation for option in added}
-    return command
+def with_credentials(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let typer find these options among a command's parameters, in place of its `**credentials`.
+
+    Args:
+        names: of those in OPTIONS; none for all of them.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in OPTIONS.items()
+            if name in (names or OPTIONS)
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        command.__annotations__ |= {option.name: option.annotation for option in added}
+        return command
+
+    return decorated
