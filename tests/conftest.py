@@ -4,8 +4,12 @@ The hook rewrites a module when it is first imported, so it stands here, ahead o
 under torch.export they would turn symbolic sizes into constants.
 """
 
+import os
+
 import jaxtyping
 import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests that import ONNX Runtime do so before they import ours
 
 NETWORK = ("model.attention", "model.dropout", "model.layers", "model.transformer")
 
