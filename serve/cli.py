@@ -6,6 +6,7 @@ Subcommands import what is heavy when they run, so `limelight serve` and `--help
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -21,6 +22,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 # gRPC's core reads it when it is imported. It writes a line for every TLS handshake that fails: anybody who can connect
 # could fill a disk. What is told of an error is told by us.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+if os.getpid() == 1:
+    # A container's first process gets no signal that it does not handle: without this, who stops a container while the
+    # command is being loaded waits until it is killed. Once it serves, the server has handlers of its own.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
 EXTRAS = {
     "grpc": "serve",
