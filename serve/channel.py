@@ -1,5 +1,6 @@
 """A client's way to a server: in plain text or over TLS, with a certificate or a token to say whose calls they are."""
 
+import json
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,32 @@ from model.errors import ConfigError
 from serve.access import HEADER
 from serve.addresses import host_of, is_loopback
 from serve.watched import read_file
+
+REPLICAS = (
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "loadBalancingConfig": [{"round_robin": {}}],
+                "healthCheckConfig": {"serviceName": "limelight.v1.LimelightService"},
+                "methodConfig": [
+                    {
+                        "name": [{}],
+                        "retryPolicy": {
+                            "maxAttempts": 4,
+                            "initialBackoff": "0.05s",
+                            "maxBackoff": "1s",
+                            "backoffMultiplier": 3,
+                            "retryableStatusCodes": ["UNAVAILABLE"],
+                        },
+                    }
+                ],
+            }
+        ),
+    ),
+)
+"""Channel options where an address is that of several servers: calls are spread over those whose health is SERVING,
+which gRPC watches, and what one refuses because it stops goes to another."""
 
 
 class Credentials(TypedDict, total=False):

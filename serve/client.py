@@ -35,7 +35,7 @@ from serve.answers import (
     Timings,
     Token,
 )
-from serve.channel import Credentials, explain_unreachable, open_channel, token_metadata
+from serve.channel import REPLICAS, Credentials, explain_unreachable, open_channel, token_metadata
 from serve.from_proto import (
     FAMILIES,
     FLOAT_TYPES,
@@ -82,7 +82,13 @@ CHANNEL_OPTIONS = (
 )
 """Answers of up to 256 MiB; a dead connection under a call is noticed within six minutes."""
 
-_UNREACHABLE = ("failed to connect", "errors resolving", "DNS resolution failed", "Failed to create channel")
+_UNREACHABLE = (
+    "failed to connect",
+    "connections to all backends failing",
+    "errors resolving",
+    "DNS resolution failed",
+    "Failed to create channel",
+)
 
 
 class Client:
@@ -91,6 +97,8 @@ class Client:
     Args:
         address: where it listens, HOST:PORT.
         timeout: most seconds a call may take, a whole stream included; None waits for ever.
+        replicas: the address is a name of several servers that serve the same: calls are spread over those that are
+            well, and what one refuses because it stops, or had not begun to answer when it died, goes to another.
         credentials: for a protected server: `ca`, `certificate` and `key` (PEM files), `token`.
 
     Raises:
@@ -102,13 +110,14 @@ class Client:
         address: str = "127.0.0.1:50051",
         *,
         timeout: float | None = 30.0,
+        replicas: bool = False,
         **credentials: Unpack[Credentials],
     ) -> None:
         _refuse_unknown(credentials, Credentials)
         self.address = address
         self.timeout = timeout
         self._metadata = token_metadata(address, **credentials)
-        self._channel = open_channel(address, CHANNEL_OPTIONS, **credentials)
+        self._channel = open_channel(address, CHANNEL_OPTIONS + (REPLICAS if replicas else ()), **credentials)
         self._stub = LimelightServiceStub(self._channel)
 
     def generate(self, source: str, *, model: str = "", version: str = "", **wanted: Unpack[Wanted]) -> Answer:
