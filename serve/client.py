@@ -152,7 +152,7 @@ class Client:
                 model=model, version=version, source=source, search=search, attention=attention
             )
         with self._explained():
-            call = self._stub.GenerateChunked(request, timeout=self.timeout)
+            call = self._stub.GenerateChunked(request, timeout=self.timeout, metadata=self._metadata)
             try:
                 return read_chunked(call)
             finally:

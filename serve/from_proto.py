@@ -88,8 +88,11 @@ def read_chunked(messages: Iterable[pb.GenerateChunkedResponse]) -> Answer:
     """
     answer: pb.GenerateResponse | None = None
     apart: dict[tuple[int | None, int], bytearray] = {}
-    for message in messages:
+    whole: Answer | None = None
+    for message in messages:  # to the status behind the end, as `read_stream`
         event = message.WhichOneof("event")
+        if whole is not None:
+            raise _unreadable(f"the event {event} after the end of an answer in chunks")
         if event == "answer" and answer is None:
             answer = message.answer
             apart = _places(answer)
@@ -99,10 +102,12 @@ def read_chunked(messages: Iterable[pb.GenerateChunkedResponse]) -> Answer:
             size = sum(map(len, apart.values()))
             if size != message.end.size:
                 raise _unreadable(f"{size} bytes in chunks, and says that it sent {message.end.size}")
-            return read_answer(answer, apart)
+            whole = read_answer(answer, apart)
         else:
             raise _unreadable(f"the event {event} where it does not belong in an answer in chunks")
-    raise _unreadable("an answer in chunks without its end")
+    if whole is None:
+        raise _unreadable("an answer in chunks without its end")
+    return whole
 
 
 def _places(answer: pb.GenerateResponse) -> dict[tuple[int | None, int], bytearray]:
@@ -169,8 +174,11 @@ def read_stream(messages: Iterable[pb.GenerateStreamResponse]) -> Iterator[Start
     """
     start: Start | None = None
     pieces: list[Piece] = []
-    for message in messages:
+    ended = False
+    for message in messages:  # to the status behind the end: a call that is left before it counts as cancelled
         event = message.WhichOneof("event")
+        if ended:
+            raise _unreadable(f"a stream with the event {event} after its end")
         if event == "start":
             start = _start(message.start)
             yield start
@@ -178,11 +186,12 @@ def read_stream(messages: Iterable[pb.GenerateStreamResponse]) -> Iterator[Start
             pieces.append(_piece(message.token))
             yield pieces[-1]
         elif event == "end" and start and message.end.hypotheses:
+            ended = True
             yield _end(start, pieces, message.end)
-            return
         else:
             raise _unreadable(f"a stream with the event {event} after {len(pieces)} tokens")
-    raise _unreadable(f"a stream that stopped after {len(pieces)} tokens, without its end")
+    if not ended:
+        raise _unreadable(f"a stream that stopped after {len(pieces)} tokens, without its end")
 
 
 def read_model(message: pb.GetModelResponse) -> ModelInfo:

@@ -210,6 +210,7 @@ def test_chunks_that_contradict_themselves_are_refused(running: Running) -> None
         "attention that the answer does not name": [events[0], other],
         "the event answer where it does not belong": [events[0], *events],
         "the event None": [pb.GenerateChunkedResponse()],
+        "the event end after the end": [*events, events[-1]],
         "the event end where it does not belong": events[-1:],
         "a chunk at 100 where 0 bytes had come": [events[0], *events[2:]],
         "a chunk at 200 where 100 bytes had come": [*events[:2], *events[3:]],

@@ -342,6 +342,24 @@ def test_a_stream_must_start_and_send_every_token() -> None:
         list(read_stream([pb.GenerateStreamResponse(start=pb.StreamStart()), end]))
 
 
+def test_a_stream_is_read_to_its_status() -> None:
+    best = answer("phone", pb.AttentionOptions(), 1).hypotheses[0]
+    tokens = [pb.GenerateStreamResponse(token=pb.StreamToken(token=token)) for token in best.tokens]
+    start = pb.GenerateStreamResponse(start=pb.StreamStart())
+    end = pb.GenerateStreamResponse(end=pb.StreamEnd(hypotheses=[best]))
+
+    def failing() -> Iterator[pb.GenerateStreamResponse]:
+        yield from (start, *tokens, end)
+        raise OSError("the status")
+
+    events = read_stream(failing())
+    assert [type(next(events)) for _ in range(6)] == [Start, Piece, Piece, Piece, Piece, End]
+    with pytest.raises(OSError, match="the status"):
+        next(events)
+    with pytest.raises(ServerError, match="a stream with the event token after its end"):
+        list(read_stream([start, *tokens, end, tokens[0]]))
+
+
 def test_needs_no_torch_and_no_engine() -> None:
     check = (
         "import sys; sys.modules['torch'] = None; import serve.ask, serve.client; "
