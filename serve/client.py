@@ -90,6 +90,9 @@ _UNREACHABLE = (
     "Failed to create channel",
 )
 
+_CUT_OFF = "Received RST_STREAM"
+"""In what gRPC says of a call that was reset without a status: a proxy does that whose server has gone midway."""
+
 
 class Client:
     """Asks one server.
@@ -283,8 +286,11 @@ class Client:
         try:
             yield
         except grpc.RpcError as error:
-            code, details = error.code(), error.details() or ""
-            raise ServerError(code, self._explain(code, details), **_particulars(error)) from None
+            code, details, particulars = error.code(), error.details() or "", _particulars(error)
+            if code is grpc.StatusCode.INTERNAL and _CUT_OFF in details and not particulars:
+                code = grpc.StatusCode.UNAVAILABLE
+                details = f"the call was cut off before its end: ask again ({details})"
+            raise ServerError(code, self._explain(code, details), **particulars) from None
 
     def _explain(self, code: grpc.StatusCode, details: str) -> str:
         """The server's words as they are where they name the request's fault; else with the address and a way out."""

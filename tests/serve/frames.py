@@ -9,10 +9,10 @@ from typing import NamedTuple
 from tests.serve.running import PATIENCE
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, SETTINGS, PING, GOAWAY = 0, 1, 4, 6, 7
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 ACKNOWLEDGED, END_STREAM, END_HEADERS = 1, 1, 4
 MAX_CONCURRENT_STREAMS = 3
-ENHANCE_YOUR_CALM = 11
+INTERNAL_ERROR, ENHANCE_YOUR_CALM = 2, 11
 
 
 class Frame(NamedTuple):
