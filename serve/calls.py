@@ -3,6 +3,8 @@
 from __future__ import annotations  # grpc's classes are generic to mypy alone
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -41,6 +43,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._writer = Writer(write_timeout)
         self.stopping = asyncio.Event()
         self.in_flight = 0
+        self._last = -math.inf
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -81,6 +84,12 @@ class Calls(grpc.aio.ServerInterceptor):
         except TimeoutError:
             return self._idle.is_set()  # 0 seconds are over before anything is looked at
         return True
+
+    async def wait_until_quiet(self, seconds: float, most: float) -> None:
+        """Wait until no call has come for so many seconds, but no longer than for the most."""
+        end = time.monotonic() + most
+        while (left := min(self._last + seconds, end) - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
 
     def _wrap_unary(self, method: str, answer: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -132,6 +141,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _enter(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self.in_flight += 1
+        self._last = time.monotonic()
         self._idle.clear()
         leave: Any = lambda _: self._leave()  # noqa: E731  # grpc's types ask for a class of theirs
         # Not when the handler returns: gRPC still has to send what it returned.

@@ -1,6 +1,7 @@
 """Put a server together, start it, stop it: the services, health, reflection, the watch over the engines.
 
-Stopping: health says NOT_SERVING, new calls are refused with UNAVAILABLE, calls in flight finish, the process ends.
+Stopping: health says NOT_SERVING, new calls are refused with UNAVAILABLE, calls in flight finish, and when nobody comes
+any more the process ends.
 """
 
 from __future__ import annotations  # grpc's classes are generic to mypy alone
@@ -50,6 +51,10 @@ WATCH = 0.5
 
 FLUSH = 2.0
 """Seconds that finished answers have to leave when stopping."""
+
+QUIET, LINGER = 0.25, 5.0
+"""When stopping, seconds without a new call after which connections are closed, and for which calls may keep that up.
+gRPC ends a call with CANCELLED that comes while it closes (grpc issue 41785), which no balancer takes for a refusal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +171,7 @@ class Server:
         await self._parts.health.enter_graceful_shutdown()
         self._calls.drain()
         finished = await self._calls.wait_until_idle(grace)
+        await self._calls.wait_until_quiet(QUIET, min(grace, LINGER) if finished else 0)
         for task in self._watching:
             task.cancel()
         # Large answers may still be on their way out; a health watch, which never ends, is not waited for any longer.

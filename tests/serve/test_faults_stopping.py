@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from export.manifest import FamilyShape
 from serve.bundle import ServedModel
+from serve.client import Client, ServerError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from tests.reversal import Reversal
@@ -70,6 +73,40 @@ def test_fault_36_when_its_grace_is_over_it_stops_whatever_is_left(gated: Runnin
     gate.open()
     assert stopping.result(PATIENCE) is False
     assert gate.rows == [1]
+
+
+def test_fault_36_who_keeps_asking_is_refused_in_words(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is with a balancer: calls come until it notices that they are refused."""
+    monkeypatch.setattr("serve.server.QUIET", 2.0)  # longer than a thread of this test is kept waiting
+    callers = 8
+
+    def ask(address: str) -> str:
+        with Client(address) as client:
+            for _ in range(10):  # by then all callers are under way
+                client.generate("abc")
+            asking.wait(PATIENCE)
+            while True:
+                try:
+                    client.generate("abc")
+                except ServerError as error:
+                    return f"{error.code.name} {error.reason}"
+
+    asking = threading.Barrier(callers + 1)
+    with serving(served) as server, ThreadPoolExecutor(callers) as threads:
+        asked = [threads.submit(ask, server.address) for _ in range(callers)]
+        asking.wait(PATIENCE)
+        assert server.stop().result(PATIENCE) is True
+        assert [one.result(PATIENCE) for one in asked] == ["UNAVAILABLE SHUTTING_DOWN"] * callers
+
+
+def test_fault_36_who_never_stops_asking_is_not_waited_for(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.server.QUIET", 10 * PATIENCE)
+    monkeypatch.setattr("serve.server.LINGER", 0.1)
+    with serving(served) as server:
+        generate(server.stub).result()
+        assert server.stop().result(PATIENCE) is True
 
 
 def test_fault_36_stopping_when_nothing_is_left_needs_no_grace(served: ServedModel) -> None:
