@@ -4,61 +4,22 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 
-from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from tests.reversal import Reversal
-from tests.serve.running import PATIENCE, generate
+from tests.serve.command import Process, ask, begun
+from tests.serve.running import PATIENCE
 
-REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-"""Of the commands: their standard error has a buffer and a lock, as it has for most people."""
-
-LOOK = 0.05
-"""Seconds between two looks at whether a command is ready."""
-
-
-Command = Callable[..., contextlib.AbstractContextManager["subprocess.Popen[bytes]"]]
+Command = Callable[..., contextlib.AbstractContextManager[Process]]
 
 
 @pytest.fixture
 def command(reversal: Reversal, tmp_path: Path) -> Command:
     """`limelight serve` with its log somewhere; ready when it has written its port."""
-
-    @contextlib.contextmanager
-    def start(log: Any, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
-        arguments = ["serve", str(reversal.bundle), "--port=0", f"--port-file={tmp_path / 'port'}", "--threads=1"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serve", *arguments, *options],
-            stderr=log,
-            cwd=REPOSITORY,
-            env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)},
-        )
-        with process:
-            yield process
-            process.kill()
-
-    return start
-
-
-def port(folder: Path, process: "subprocess.Popen[bytes]") -> str:
-    path = folder / "port"
-    while not path.exists():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            raise AssertionError(f"it ended with {process.wait(LOOK)} before it was ready")
-    return path.read_text().strip()
-
-
-def ask(folder: Path, process: "subprocess.Popen[bytes]") -> Any:
-    with grpc.insecure_channel(f"127.0.0.1:{port(folder, process)}") as channel:
-        return generate(LimelightServiceStub(channel)).result(PATIENCE)
+    return lambda log, *options: begun(reversal.bundle, tmp_path, *options, log=log)
 
 
 def test_the_commands_whole_log_is_json(command: Command, tmp_path: Path) -> None:
