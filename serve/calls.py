@@ -5,6 +5,7 @@ from __future__ import annotations  # grpc's classes are generic to mypy alone
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -36,6 +37,7 @@ class Calls(grpc.aio.ServerInterceptor):
     Attributes:
         stopping: set when no new calls are taken.
         in_flight: calls being answered; health and reflection do not count.
+        peers: gRPC's names of the connections that they came over, and how many over each.
     """
 
     def __init__(self, most: int, observer: Observer, write_timeout: float, access: Access | None = None) -> None:
@@ -44,6 +46,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self.stopping = asyncio.Event()
         self.in_flight = 0
         self._last = -math.inf
+        self.peers = Counter[str]()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -140,14 +143,19 @@ class Calls(grpc.aio.ServerInterceptor):
             )
 
     def _enter(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        peer = context.peer()
         self.in_flight += 1
         self._last = time.monotonic()
+        self.peers[peer] += 1
         self._idle.clear()
-        leave: Any = lambda _: self._leave()  # noqa: E731  # grpc's types ask for a class of theirs
+        leave: Any = lambda _: self._leave(peer)  # noqa: E731  # grpc's types ask for a class of theirs
         # Not when the handler returns: gRPC still has to send what it returned.
         context.add_done_callback(leave)
 
-    def _leave(self) -> None:
+    def _leave(self, peer: str) -> None:
         self.in_flight -= 1
+        self.peers[peer] -= 1
+        if not self.peers[peer]:
+            del self.peers[peer]
         if self.in_flight == 0:
             self._idle.set()

@@ -105,7 +105,8 @@ _FAILED = {
     "WRONG_VERSION_NUMBER": "the server does not speak TLS: leave ca out",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is signed by no authority in ca, or is not valid now",
     "Hostname Verification": "the server's certificate is for another name: use the name or address that it is for",
-    "Socket closed": "the server hung up: if it speaks TLS, give ca; if it wants a certificate, a valid one of yours",
+    "Socket closed": "the server hung up: if it speaks TLS, give ca; if it wants a certificate, a valid one of yours; "
+    "if neither, it had too many connections: try again",
 }
 """What words of gRPC's mean."""
 

@@ -1,6 +1,9 @@
 """What one connection may do: how much at a time, how long it may be silent, how often it may ping. gRPC sees to it."""
 
+import resource
 from dataclasses import dataclass
+
+from model.errors import ConfigError
 
 MEGABYTE = 1024 * 1024
 
@@ -8,13 +11,17 @@ PING_INTERVAL = 5.0
 """Seconds between two pings of a client, below which it is hung up on after three. gRPC's default is 300: clients that
 keep a connection alive every 10 seconds, as many do, would lose it in the midst of a long answer."""
 
+FILES = 124
+"""That a server may have open besides its connections: a model that is loaded, scrapes. It needs about twenty."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
     """What connections may do. Times are seconds."""
 
     connections: int = 900
-    """Most at a time; one more is hung up on. A process may often open 1,024 files, and each connection is one."""
+    """Most at a time; one more is hung up on, and before that those that nobody uses (see `serve.room`). Each is an
+    open file: of these a process may often have 1,024 without asking for more."""
     connection_calls: int | None = None
     """Most calls at a time on one; more wait at the client. By default twice what the server takes on in all, so that
     who sends too much is told so."""
@@ -29,6 +36,22 @@ class ConnectionLimits:
     """That it has to answer; then its connection is closed, and what it asked for is given up."""
     handshake: float = 20.0
     """That a new connection has to say what it is: TLS and the first frames of HTTP/2."""
+
+    def provide_files(self) -> None:
+        """Let this process open as many files as it takes.
+
+        Raises:
+            ConfigError: it may not have so many.
+        """
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = self.connections + FILES
+        if resource.RLIM_INFINITY not in {allowed, most} and most < needed:
+            raise ConfigError(
+                f"connections: {self.connections} need {needed} open files, and this process may have {most}: "
+                f"raise that (ulimit -Hn, LimitNOFILE=), or take at most {max(0, most - FILES)} connections"
+            )
+        if allowed != resource.RLIM_INFINITY and allowed < needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
     def arguments(self, calls: int) -> list[tuple[str, int]]:
         """Channel arguments for gRPC's server.

@@ -50,6 +50,14 @@ class Metrics:
         self._tokens = Counter(
             "limelight_generated_tokens", "Tokens of the best hypotheses of searches.", registry=self.registry
         )
+        self._closed = Counter(
+            "limelight_connections_closed",
+            "Connections without a call that were closed to make room for others.",
+            registry=self.registry,
+        )
+        self._out_of_files = Counter(
+            "limelight_out_of_files", "Times that the process could open no more files.", registry=self.registry
+        )
         self.registry.register(_Served(models))
         self._lag = self._histogram("loop_lag", "How late the event loop was, looked at four times a second.")
         self.registry.register(DROPPED)
@@ -70,6 +78,14 @@ class Metrics:
     def item_ended(self, code: str, reason: str) -> None:
         """One of many texts has ended."""
         self._items.labels(code, reason).inc()
+
+    def connections_closed(self, count: int) -> None:
+        """Connections were closed to make room for others."""
+        self._closed.inc(count)
+
+    def out_of_files(self) -> None:
+        """From now on, this process can open no more files."""
+        self._out_of_files.inc()
 
     def answered(self, ticket: Ticket, decoded: Decoded) -> None:
         """The engine has answered."""

@@ -7,6 +7,7 @@ any more the process ends.
 from __future__ import annotations  # grpc's classes are generic to mypy alone
 
 import asyncio
+import dataclasses
 import logging
 import signal
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from serve.models import Models
 from serve.observer import Observer
 from serve.pb.inference import grpc_service_pb2_grpc
 from serve.pb.limelight.v1 import admin_pb2_grpc, limelight_pb2, limelight_pb2_grpc
+from serve.room import Room
 from serve.security import Security
 from serve.service import LimelightService
 from serve.tls import Tls, server_tls
@@ -45,6 +47,9 @@ SERVICE = limelight_pb2.DESCRIPTOR.services_by_name["LimelightService"].full_nam
 
 LOOPBACK = "127.0.0.1"
 """Where administrative calls are answered."""
+
+ADMINISTRATORS = 16
+"""Most connections for them."""
 
 WATCH = 0.5
 """Most seconds between two looks at whether the engine comes back."""
@@ -136,7 +141,8 @@ class Server:
         self.metrics_port = None if parts.scraped is None else parts.scraped.port
         self.failed = asyncio.Event()
         self._reloading: set[asyncio.Task[None]] = set()
-        work = [self._watch(options.watchdog), parts.metrics.watch_loop()]
+        room = Room(port, options.connection_limits.connections, lambda: parts.calls.peers, parts.metrics)
+        work = [self._watch(options.watchdog), parts.metrics.watch_loop(), room.watch()]
         if parts.folder is not None and options.poll is not None:
             work.append(parts.folder.watch(options.poll))
         self._watching = [asyncio.create_task(one) for one in work]
@@ -207,6 +213,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
         ConfigError: what should protect it cannot be used.
     """
     options.security.check(options.host)
+    options.connection_limits.provide_files()
     tls, access = server_tls(options.security), Access(options.security.token_file)
     metrics = Metrics(models)
     observer = Observer(metrics, options.client_header, _tracing(options.otlp_endpoint))
@@ -251,7 +258,8 @@ def _administration(
     """Administrative calls and the port that they are on, where they are wanted."""
     if folder is None or options.admin_port is None:
         return None, None
-    server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments(options.most_calls))
+    limits = dataclasses.replace(options.connection_limits, connections=ADMINISTRATORS)
+    server = grpc.aio.server(interceptors=[calls], options=limits.arguments(options.most_calls))
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.AdminService(folder), server)
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference.administered(folder), server)
     reflection.enable_server_reflection((admin.SERVICE, INFERENCE, reflection.SERVICE_NAME), server)

@@ -35,9 +35,9 @@ class Frame(NamedTuple):
 
 
 @contextmanager
-def connection(port: int) -> Iterator[socket.socket]:
-    """A connection to this machine on which nothing has been sent."""
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as opened:
+def connection(port: int, source: str = "127.0.0.1") -> Iterator[socket.socket]:
+    """A connection to this machine, from one of its addresses, on which nothing has been sent."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE, (source, 0)) as opened:
         yield opened
 
 
