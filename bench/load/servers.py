@@ -124,7 +124,7 @@ def started(server: Server, folder: Path, processors: Processors) -> Iterator[Ru
     try:
         yield Running(process, _wait_for_port(process, folder / "port", log), log)
     finally:
-        _stop(process)
+        end(process)
 
 
 class Client:
@@ -161,7 +161,7 @@ class Client:
 
     def close(self) -> None:
         """End it."""
-        _stop(self._process)
+        end(self._process)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -222,7 +222,8 @@ def _tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
-def _stop(process: subprocess.Popen[Any]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process, kindly for so long as it may take."""
     process.terminate()
     try:
         process.wait(GRACE)
