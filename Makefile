@@ -34,7 +34,7 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload failover wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -127,11 +127,14 @@ soak: $(READY) ## Ask a server everything for an hour, and see that nothing is l
 overload: $(READY) ## Ask a server for five times what it can do, and see what it still does
 	@$(BIN)/python -m bench.overload $(ARGS)
 
+failover: $(READY) build/load/envoy-environment/.ready ## Kill and stop replicas behind Envoy under load (ARGS=--without-retries must fail)
+	@$(BIN)/python -m bench.failover $(ARGS)
+
 bench-summary: $(READY) ## Write the figures in bench/results/ into docs/performance.md
 	@$(BIN)/python -m bench.summary $(ARGS)
 
 build/load/%-environment/.ready: bench/load/%.txt constraints.txt
-	@echo "setting up $(@D), for bench-load alone"
+	@echo "setting up $(@D), for benchmarks and tests alone"
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@

@@ -11,23 +11,16 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 
-from serve.bundle import ServedModel, load_model
+from serve.bundle import ServedModel
 from serve.pb.inference import grpc_service_pb2 as pb
 from serve.pb.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from tests.peers.triton import KSERVE, MISSING, PYTHON, triton_server
 from tests.peers.triton_cases import CASES
-from tests.reversal import reversal_model
 from tests.serve.running import PATIENCE, Running, serving
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=MISSING)
 
 PERF_ANALYZER = shutil.which("perf_analyzer")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    bundle = reversal_model(tmp_path_factory.getbasetemp() / "reversal").bundle
-    return load_model(bundle, provider="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,8 @@ def send(opened: socket.socket, *frames: Frame) -> None:
     opened.sendall(b"".join(map(_encoded, frames)))
 
 
-def call(opened: socket.socket, method: str, message: bytes) -> None:
-    """Begin a call with one message, on stream 1."""
+def call(opened: socket.socket, method: str, message: bytes, **metadata: str) -> None:
+    """Begin a call with one message, on stream 1; of the metadata's names, underscores are hyphens."""
     about = {
         ":method": "POST",
         ":scheme": "http",
@@ -62,7 +62,7 @@ def call(opened: socket.socket, method: str, message: bytes) -> None:
         ":authority": "test",
         "te": "trailers",
         "content-type": "application/grpc",
-    }
+    } | {name.replace("_", "-"): value for name, value in metadata.items()}
     headers = b"".join(b"\0" + _word(name) + _word(value) for name, value in about.items())
     data = b"\0" + len(message).to_bytes(4) + message
     send(opened, Frame(HEADERS, END_HEADERS, headers, 1), Frame(DATA, END_STREAM, data, 1))
