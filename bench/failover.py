@@ -259,13 +259,13 @@ def main(
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """For people."""
     made = Table(title="Two replicas behind Envoy", box=SIMPLE_HEAD)
-    for header in ("replica", "calls", "OK", "otherwise", "retried", "noticed", "back", "p50", "longest"):
-        made.add_column(header, justify="left" if header in {"replica", "calls", "otherwise"} else "right")
+    left = {"replica", "calls", "otherwise"}
+    for header in ("replica", "calls", "OK", "otherwise", "retried", "back", "longest"):
+        made.add_column(header, justify="left" if header in left else "right", no_wrap=header != "otherwise")
     for row in rows:
         about = [row["event"] if row["event"] is Event.NONE else f"{row['event']} x {row['times']}"]
-        figures = [f"{row['retried']:,}"]
-        figures += [f"{max(row[name]):.1f} s" if row[name] else "" for name in ("noticed", "back")]
-        figures += [f"{1000 * row[name]:,.0f} ms" for name in ("unary_p50", "unary_longest")]
+        figures = [f"{row['retried']:,}", f"{max(row['back']):.1f} s" if row["back"] else ""]
+        figures.append(f"{1000 * row['unary_longest']:,.0f} ms")
         for kind, ends in row["ends"].items():
             others = [f"{count:,} {end}" for end, count in ends.items() if end != OK]
             made.add_row(*about, kind, f"{ends.get(OK, 0):,}", "\n".join(others), *figures)
