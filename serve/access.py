@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from model.errors import ConfigError
+from serve.channel import HEADER
 from serve.errors import PermissionDeniedError, UnauthenticatedError
 from serve.watched import Watched, is_open_to_all, read_file
 
@@ -32,7 +33,7 @@ NEEDED: Mapping[str, Role] = {
 }
 """The role that methods need, by the beginning of their names; `user` for all others."""
 
-HEADER, SCHEME = "authorization", "bearer"
+SCHEME = "bearer"
 
 NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 """What somebody may be called."""

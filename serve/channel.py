@@ -9,9 +9,11 @@ from typing import Any, TypedDict, Unpack
 import grpc
 
 from model.errors import ConfigError
-from serve.access import HEADER
 from serve.addresses import host_of, is_loopback
 from serve.watched import read_file
+
+HEADER = "authorization"
+"""Metadata key that a token comes under."""
 
 REPLICAS = (
     (

@@ -12,6 +12,7 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from model.errors import LimelightError
+from serve.channel import explain_unreachable, open_channel
 from serve.credential_options import with_credentials
 
 PORT_VARIABLE, PORT = "LIMELIGHT_SERVE_PORT", "50051"
@@ -51,18 +52,12 @@ def probe(
 
 
 def _open(address: str, name: str | None, credentials: dict[str, Any]) -> grpc.Channel:
-    if not any(credentials.values()):
-        return grpc.insecure_channel(address)
-    from serve.channel import open_channel  # noqa: PLC0415  # three times as heavy as all of the above
-
     return open_channel(address, [] if name is None else [("grpc.ssl_target_name_override", name)], **credentials)
 
 
 def _why(address: str, service: str, error: Any) -> str:
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return f"{address}: has no service {service!r}"
-    from serve.channel import explain_unreachable  # noqa: PLC0415
-
     return explain_unreachable(address, f"{error.code().name}: {error.details()}")
 
 

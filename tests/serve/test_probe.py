@@ -104,13 +104,14 @@ def test_what_tls_needs_is_told(secured: Running, server: Pair) -> None:
     assert probed(secured.address, *certificate).err.startswith("certificate and key: are of no use without ca")
 
 
-def test_it_is_light(running: Running) -> None:
+def test_it_is_light() -> None:
+    """Where it finds nobody, too: it is run beside a server that is still loading."""
     script = f"import sys, runpy, atexit; atexit.register(lambda: print(*sorted({set(HEAVY)!r} & set(sys.modules))))"
     done = subprocess.run(
-        [sys.executable, "-c", f"{script}; runpy.run_module('serve.probe', run_name='__main__')", running.address],
+        [sys.executable, "-c", f"{script}; runpy.run_module('serve.probe', run_name='__main__')", "127.0.0.1:1"],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert done.stdout == "SERVING\n\n"
+    assert (done.returncode, done.stdout) == (1, "\n")
