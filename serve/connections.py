@@ -11,6 +11,11 @@ PING_INTERVAL = 5.0
 """Seconds between two pings of a client, below which it is hung up on after three. gRPC's default is 300: clients that
 keep a connection alive every 10 seconds, as many do, would lose it in the midst of a long answer."""
 
+PENDING = 4000
+"""Calls that may wait until Python hears of them, about 10 kB each; of more, gRPC ends some at random with CANCELLED.
+By default it does so from a thousand on, which a flood of calls that are reset is in no time, and good ones among them.
+"""
+
 FILES = 124
 """That a server may have open besides its connections: a model that is loaded, scrapes. It needs about twenty."""
 
@@ -22,9 +27,9 @@ class ConnectionLimits:
     connections: int = 900
     """Most at a time; one more is hung up on, and before that those that nobody uses (see `serve.room`). Each is an
     open file: of these a process may often have 1,024 without asking for more."""
-    connection_calls: int | None = None
-    """Most calls at a time on one; more wait at the client. By default twice what the server takes on in all, so that
-    who sends too much is told so."""
+    connection_calls: int = 100
+    """Most calls at a time on one; more wait at the client. As few as HTTP/2 recommends (RFC 9113, 6.5.2): a flood of
+    calls that are reset at once is cut off at so many, before one of them costs more than reading it."""
     connection_idle: float = 900.0
     """Without a call, after which a connection is closed; clients open another when they need one."""
     connection_age: float | None = None
@@ -53,12 +58,8 @@ class ConnectionLimits:
         if allowed != resource.RLIM_INFINITY and allowed < needed:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
-    def arguments(self, calls: int) -> list[tuple[str, int]]:
-        """Channel arguments for gRPC's server.
-
-        Args:
-            calls: that the server takes on at a time.
-        """
+    def arguments(self) -> list[tuple[str, int]]:
+        """Channel arguments for gRPC's server."""
         age = (
             [] if self.connection_age is None else [("grpc.max_connection_age_ms", _milliseconds(self.connection_age))]
         )
@@ -66,7 +67,7 @@ class ConnectionLimits:
             ("grpc.max_receive_message_length", 4 * MEGABYTE),
             ("grpc.max_send_message_length", 256 * MEGABYTE),
             ("grpc.max_allowed_incoming_connections", self.connections),
-            ("grpc.max_concurrent_streams", 2 * calls if self.connection_calls is None else self.connection_calls),
+            ("grpc.max_concurrent_streams", self.connection_calls),
             ("grpc.max_connection_idle_ms", _milliseconds(self.connection_idle)),
             ("grpc.server_handshake_timeout_ms", _milliseconds(self.handshake)),
             ("grpc.keepalive_time_ms", _milliseconds(self.keepalive)),
@@ -76,6 +77,8 @@ class ConnectionLimits:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),  # silence is what keepalive is for: no limit to our own
             ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(PING_INTERVAL)),
+            ("grpc.server.max_pending_requests", PENDING),
+            ("grpc.server.max_pending_requests_hard_limit", 2 * PENDING),
             ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake to be told of
             *age,
         ]

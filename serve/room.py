@@ -19,11 +19,12 @@ import struct
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from serve.heap import give_back
 from serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,11 @@ FREE = 4
 LOOK = 0.1
 """Seconds between two looks: the longer, the more connections can come in between, and leave no room."""
 
-SHARE = 20
+SHARE = 5
 """Looks take at most one in so many seconds, however many connections there are."""
+
+GONE = 500
+"""Files that were open, and half of all, after whose closing memory is given back to the system."""
 
 SEEMING = 50
 """Most open files that are taken for something else than connections."""
@@ -87,7 +91,7 @@ class Room:
         self._port, self._kept, self._most, self._busy = port, most - most // FREE, most, busy
         self._metrics = metrics
         self._out_of_files, self._others = False, 0
-        self._closed, self._last = 0, -QUIET
+        self._closed, self._last, self._peak = 0, -QUIET, 0
 
     async def watch(self) -> None:
         """Look again and again, until cancelled."""
@@ -102,22 +106,33 @@ class Room:
         """Make room where there is little, and say so."""
         opened = await asyncio.to_thread(open_files)
         self._tell_of_files(opened)
-        if opened is not None and opened - self._others > self._kept:
-            busy = {peer_named(name) for name in self._busy()}
-            with suppress(OSError):  # no more files can be opened, which the next look tells
-                closed, there = await asyncio.to_thread(self._make, busy)
-                # Files that are no connections: next time they do not count. Those that come and go may seem many.
-                self._others = min(max(0, opened - there), SEEMING)
-                self._tell_of_crowd(closed, there)
+        if opened is None:
+            return
+        if opened - self._others > self._kept:
+            await self._make(opened)
+        self._peak = max(self._peak, opened)
+        if self._peak - opened > max(GONE, opened):  # the pages that connections were on lie among others
+            self._peak = opened
+            await asyncio.to_thread(give_back)
         if self._closed and time.monotonic() - self._last > QUIET:
             log.info("there is room again: %d connections were closed", self._closed)
             self._closed = 0
 
-    def _make(self, busy: Collection[Peer]) -> tuple[list[Connection], int]:
+    async def _make(self, opened: int) -> None:
+        busy = {peer_named(name) for name in self._busy()}
+        with suppress(OSError):  # no more files can be opened, which the next look tells
+            closed, there = await asyncio.to_thread(self._close_some, busy)
+            # Files that are no connections: next time they do not count. Those that come and go may seem many.
+            self._others = min(max(0, opened - there), SEEMING)
+            self._tell_of_crowd(closed, there)
+
+    def _close_some(self, busy: Collection[Peer]) -> tuple[list[Connection], int]:
         """What was closed, and how many there were."""
         there = list(connections(self._port))
-        surplus = longest_silent(there, busy, len(there) - self._kept)
-        return [connection for connection in surplus if close(connection)], len(there)
+        # Twice the room that is missing at once: as many may come again before the next look.
+        surplus = len(there) - self._most // 2 if len(there) > self._kept else 0
+        chosen = longest_silent(there, busy, surplus)
+        return [connection for connection in chosen if close(connection)], len(there)
 
     def _tell_of_crowd(self, closed: list[Connection], there: int) -> None:
         if not closed:
@@ -164,10 +179,13 @@ def connections(port: int) -> Iterator[Connection]:
     Raises:
         OSError: no more files can be opened.
     """
-    for file in FILES.iterdir():
-        with suppress(OSError), _opened(int(file.name)) as found:
-            if found.family in {socket.AF_INET, socket.AF_INET6} and found.getsockname()[1] == port:
-                yield Connection(int(file.name), _peer(found), _silence(found))
+    with os.scandir(FILES) as entries:
+        descriptors = [int(entry.name) for entry in entries]
+    for descriptor in descriptors:
+        with suppress(OSError), _opened(descriptor) as found:
+            own = found.getsockname()
+            if isinstance(own, tuple) and own[1] == port:
+                yield Connection(descriptor, _peer(found), _silence(found))
 
 
 def longest_silent(there: Iterable[Connection], busy: Collection[Peer], count: int) -> list[Connection]:
@@ -210,17 +228,15 @@ def peer_named(name: str) -> Peer:
     return Peer(_plain(host.strip("[]")), int(port) if port.isdecimal() else 0)
 
 
-@contextmanager
-def _opened(descriptor: int) -> Iterator[socket.socket]:
+def _opened(descriptor: int) -> socket.socket:
     """A socket under a second descriptor: it stays this one, whatever gRPC closes and opens meanwhile."""
     duplicate = os.dup(descriptor)
     try:
-        found = socket.socket(fileno=duplicate)
+        # To find out of what kind it is takes as long as all the rest. As IPv6 there is room for either address.
+        return socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, duplicate)
     except OSError:  # no socket
         os.close(duplicate)
         raise
-    with found:
-        yield found
 
 
 def _peer(found: socket.socket) -> Peer:

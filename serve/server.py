@@ -218,7 +218,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     metrics = Metrics(models)
     observer = Observer(metrics, options.client_header, _tracing(options.otlp_endpoint))
     calls = Calls(options.most_calls, observer, options.write_timeout, access)
-    server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments(options.most_calls))
+    server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments())
     _observe(metrics, models, calls, options.limits)
     if tls is not None:
         metrics.gauge("certificate_seconds_left", "Until the server's certificate expires.", lambda: tls.seconds_left)
@@ -259,7 +259,7 @@ def _administration(
     if folder is None or options.admin_port is None:
         return None, None
     limits = dataclasses.replace(options.connection_limits, connections=ADMINISTRATORS)
-    server = grpc.aio.server(interceptors=[calls], options=limits.arguments(options.most_calls))
+    server = grpc.aio.server(interceptors=[calls], options=limits.arguments())
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.AdminService(folder), server)
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference.administered(folder), server)
     reflection.enable_server_reflection((admin.SERVICE, INFERENCE, reflection.SERVICE_NAME), server)

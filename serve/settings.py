@@ -100,8 +100,8 @@ class Settings(Frozen):
     """Take tokens without TLS from other machines: something in front ends it."""
     connections: int = Field(default=CONNECTIONS.connections, ge=1)
     """Most connections at a time; of the last quarter, those that nobody uses are closed."""
-    connection_calls: int | None = Field(default=None, ge=1)
-    """Most calls at a time on one connection; by default twice what the server takes on in all."""
+    connection_calls: int = Field(default=CONNECTIONS.connection_calls, ge=1)
+    """Most calls at a time on one connection; more wait at the client."""
     connection_idle: float = Field(default=CONNECTIONS.connection_idle, ge=1, le=LONGEST, allow_inf_nan=False)
     """Seconds without a call after which a connection is closed."""
     connection_age: float | None = Field(default=None, ge=1, le=LONGEST, allow_inf_nan=False)

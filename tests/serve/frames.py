@@ -12,7 +12,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 ACKNOWLEDGED, END_STREAM, END_HEADERS = 1, 1, 4
 MAX_CONCURRENT_STREAMS = 3
-INTERNAL_ERROR, ENHANCE_YOUR_CALM = 2, 11
+INTERNAL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 2, 8, 11
 
 
 class Frame(NamedTuple):
@@ -50,11 +50,18 @@ def begin(opened: socket.socket) -> Iterator[Frame]:
 
 def send(opened: socket.socket, *frames: Frame) -> None:
     """All at once."""
-    opened.sendall(b"".join(map(_encoded, frames)))
+    opened.sendall(encoded(*frames))
 
 
 def call(opened: socket.socket, method: str, message: bytes, **metadata: str) -> None:
     """Begin a call with one message, on stream 1; of the metadata's names, underscores are hyphens."""
+    data = b"\0" + len(message).to_bytes(4) + message
+    begun = Frame(HEADERS, END_HEADERS, headers(method, **metadata), 1)
+    send(opened, begun, Frame(DATA, END_STREAM, data, 1))
+
+
+def headers(method: str, **metadata: str) -> bytes:
+    """What a call begins with; of the metadata's names, underscores are hyphens."""
     about = {
         ":method": "POST",
         ":scheme": "http",
@@ -63,9 +70,12 @@ def call(opened: socket.socket, method: str, message: bytes, **metadata: str) ->
         "te": "trailers",
         "content-type": "application/grpc",
     } | {name.replace("_", "-"): value for name, value in metadata.items()}
-    headers = b"".join(b"\0" + _word(name) + _word(value) for name, value in about.items())
-    data = b"\0" + len(message).to_bytes(4) + message
-    send(opened, Frame(HEADERS, END_HEADERS, headers, 1), Frame(DATA, END_STREAM, data, 1))
+    return b"".join(b"\0" + _word(name) + _word(value) for name, value in about.items())
+
+
+def encoded(*frames: Frame) -> bytes:
+    """As they are sent."""
+    return b"".join(map(_encoded, frames))
 
 
 def _encoded(frame: Frame) -> bytes:
