@@ -34,7 +34,7 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload failover wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload crowd failover wheel-smoke clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -129,6 +129,9 @@ overload: $(READY) ## Ask a server for five times what it can do, and see what i
 
 failover: $(READY) build/load/envoy-environment/.ready ## Kill and stop replicas behind Envoy under load (ARGS=--without-retries must fail)
 	@$(BIN)/python -m bench.failover $(ARGS)
+
+crowd: $(READY) ## Let 10,000 connections and floods of resets come to a server, and see what good clients get
+	@$(BIN)/python -m bench.crowd $(ARGS)
 
 bench-summary: $(READY) ## Write the figures in bench/results/ into docs/performance.md
 	@$(BIN)/python -m bench.summary $(ARGS)

@@ -17,7 +17,7 @@ from serve.settings import Settings
 
 SERVER = ServerOptions()
 LIMITS = ConnectionLimits()
-ARGUMENTS = dict(LIMITS.arguments(SERVER.most_calls))
+ARGUMENTS = dict(LIMITS.arguments())
 
 PREFIX = 5
 """Bytes before a message of gRPC's."""
