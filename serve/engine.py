@@ -39,6 +39,7 @@ class Engine:
         self._entered: float | None = None
         self._given_up = False
         self._joining: list[Ticket] = []
+        self._begun: list[Ticket] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name="limelight-engine", daemon=True)
@@ -105,7 +106,7 @@ class Engine:
             InvalidRequestError: its options name an id that the vocabulary does not have; or it asks for a shortlist
                 where there is none, or one that does not go with the rest.
             QueueFullError: too much waits.
-            ExpiredError: its deadline has passed, or would before its turn came.
+            ExpiredError: its deadline has passed, or would before its answer was ready.
             ShuttingDownError: the engine takes no more.
             EngineFailedError: the engine has died or was given up.
         """
@@ -160,6 +161,7 @@ class Engine:
     def _take(self) -> list[Ticket]:
         """What can join now, in turn: nothing while others run and none fits, or when all is done."""
         with self._changed:
+            self._learn()
             self._queue.drop_unwanted()
             while not (self._queue or self._batcher.busy or self._stopping):
                 self._changed.wait()
@@ -169,7 +171,16 @@ class Engine:
                 chosen.append(self._queue.take())
                 ticket.begin()
             self._queue.took(len(chosen))
+            self._begun += chosen
             return chosen
+
+    def _learn(self) -> None:
+        """Tell the queue of those that have had their answer since the last time."""
+        done = [ticket for ticket in self._begun if ticket.future.done()]
+        self._begun = [ticket for ticket in self._begun if not ticket.future.done()]
+        for ticket in done:
+            if not ticket.future.cancelled() and ticket.future.exception() is None:
+                self._queue.answered(ticket)
 
     def _goes_with(self, chosen: list[Ticket], ticket: Ticket) -> bool:
         # Whose turn it is, goes first, even where a smaller one behind would fit: nobody waits for ever.

@@ -25,15 +25,22 @@ UNKNOWN_WAIT = 1.0
 REMEMBERED = 4096
 """Clients that nothing waits of, of which is known that they had more than others."""
 
+HOPELESS = 0.5
+"""Who has less time left than this share of what answers take lately, is not begun while others wait."""
+
 DROPPED = "the deadline passed before the request's turn came"
 """What is said of those that expired in the queue."""
 
+TOO_LATE = "the deadline would pass before the answer is ready"
+"""What is said of those that would expire while they are decoded."""
+
 
 class Outflow:
-    """How fast a queue empties: advice to those who find it full, and what to expect for the others."""
+    """How fast a queue empties, and how long answers take then: what to expect, and advice to who finds it full."""
 
     def __init__(self) -> None:
         self._pace, self._recent, self._since = 0.0, 0.0, time.monotonic()
+        self._decoding = 0.0
 
     def began(self) -> None:
         """The queue is no longer empty: how fast it emptied some time ago says little of now."""
@@ -50,9 +57,19 @@ class Outflow:
         self._recent += (pace - self._recent) * (weight if self._recent else 1.0)
         self._since = now
 
+    def answered(self, ticket: Ticket) -> None:
+        """One that had left the queue has been decoded."""
+        if ticket.job.target is None:
+            pace = ticket.timings.decode / len(ticket.job.source)
+            self._decoding += (pace - self._decoding) * (FORGETTING if self._decoding else 1.0)
+
     def expected(self, count: float) -> float:
         """Seconds until so many more have left, by what was seen since it began; 0 where nothing was."""
         return count * self._recent
+
+    def decoding(self, ticket: Ticket) -> float:
+        """Seconds that the answer takes after that, by those of late and the length of the source; 0 where none was."""
+        return self._decoding * len(ticket.job.source) if ticket.job.target is None else 0.0
 
     def advice(self, count: float) -> float:
         """The same for who is to try again, by all that was seen: never 0, and never very long."""
@@ -99,7 +116,7 @@ class Waiting:
 
         Raises:
             QueueFullError: too much waits, or too much of this client.
-            ExpiredError: its deadline has passed, or would before its turn came.
+            ExpiredError: its deadline has passed, or would before its answer was ready.
         """
         if self._over(ticket) is not None:
             self.drop_unwanted()
@@ -145,8 +162,12 @@ class Waiting:
         """So many were taken together."""
         self._outflow.took(count)
 
+    def answered(self, ticket: Ticket) -> None:
+        """One that was taken has its answer."""
+        self._outflow.answered(ticket)
+
     def drop_unwanted(self) -> None:
-        """Take out what nobody waits for any more; those whose deadline has passed are told."""
+        """Take out what nobody waits for any more; those whose deadline has passed, or is sure to, are told."""
         for name, client in list(self._clients.items()):
             kept = [entry for entry in client.heap if not self._dropped(entry[-1])]
             if len(kept) < len(client.heap):
@@ -164,12 +185,17 @@ class Waiting:
 
     def _dropped(self, ticket: Ticket) -> bool:
         expired = ticket.expired
-        if not (ticket.cancelled or expired):
+        if not (ticket.cancelled or expired or self._hopeless(ticket)):
             return False
         self._counted(ticket, -1)
-        if expired:
-            ticket.fail(ExpiredError(DROPPED))  # unless it was given up before
+        if not ticket.cancelled:
+            ticket.fail(ExpiredError(DROPPED if expired else TOO_LATE))
         return True
+
+    def _hopeless(self, ticket: Ticket) -> bool:
+        """Others wait, who can have an answer in the time that would be lost with it."""
+        left = ticket.left
+        return left is not None and self._count > 1 and left < HOPELESS * self._outflow.decoding(ticket)
 
     def _start(self, name: str) -> float:
         """Where a client begins of whom nothing waits: no credit for having been away, but what it had is known."""
@@ -213,16 +239,13 @@ class Waiting:
     def _check_deadline(self, ticket: Ticket) -> None:
         if ticket.expired:
             raise ExpiredError(DROPPED)
-        left = ticket.left
-        if left is None or self._outflow.expected(self._count) < left:
+        left, decoding = ticket.left, self._outflow.decoding(ticket)
+        if left is None or self._outflow.expected(self._count) + decoding < left:
             return
         self.drop_unwanted()  # for these nobody waits
         wait = self._outflow.expected(self._ahead(ticket))
-        if wait >= left:
-            raise ExpiredError(
-                f"the deadline would pass before the request's turn comes: that takes about {wait:.3g} s, "
-                f"and {left:.3g} s are left"
-            )
+        if wait and wait + decoding >= left:  # whose turn it is, may try
+            raise ExpiredError(f"{TOO_LATE}: that takes about {wait + decoding:.3g} s, and {left:.3g} s are left")
 
     def _ahead(self, ticket: Ticket) -> int:
         """How many would go first, if nobody else came."""

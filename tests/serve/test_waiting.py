@@ -11,7 +11,7 @@ import serve.waiting
 from model.search import SearchOptions
 from serve.bundle import ServedModel
 from serve.errors import ExpiredError, QueueFullError
-from serve.jobs import PATIENCE, EngineLimits, Ticket
+from serve.jobs import PATIENCE, Decoded, EngineLimits, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.waiting import REMEMBERED, Waiting
 from tests.serve.jobs import SHORT, MakeEngine, job, occupied, submitted, tokens
@@ -220,7 +220,7 @@ def test_fault_24_who_would_be_too_late_is_told_at_once(times: Times) -> None:
     waiting.took(10)
     with pytest.raises(ExpiredError, match=r"^the deadline passed before the request's turn came$"):
         waiting.add(ticket(times, deadline=times.now))
-    message = r"^the deadline would pass before the request's turn comes: that takes about 0\.5 s, and 0\.5 s are left$"
+    message = r"^the deadline would pass before the answer is ready: that takes about 0\.5 s, and 0\.5 s are left$"
     for _ in range(5):
         waiting.add(ticket(times, deadline=times.now + 0.5))
     with pytest.raises(ExpiredError, match=message):
@@ -251,6 +251,54 @@ def paced(times: Times, *tickets: Ticket) -> Waiting:
         assert waiting.take().job.client == "first"
     waiting.took(10)
     return waiting
+
+
+def decoded(times: Times, waiting: Waiting, seconds: float) -> None:
+    """Let answers to a source as long as all others take so long lately."""
+    one = ticket(times)
+    one.begin()
+    times.now += seconds
+    one.finish(Decoded(None, []))
+    waiting.answered(one)
+    times.now -= seconds
+
+
+def test_fault_24_the_time_of_the_answer_counts_too(times: Times) -> None:
+    """Ten leave a second, and three tenths go by until the answer: 0.55 s are enough for three, and no more."""
+    waiting = filled(EngineLimits(), *(ticket(times, deadline=NOW + 5.0) for _ in range(20)))
+    times.now += 1.0
+    for _ in range(10):
+        waiting.take()
+    waiting.took(10)
+    decoded(times, waiting, 0.3)
+    for _ in range(3):
+        waiting.add(ticket(times, deadline=times.now + 0.55))
+    with pytest.raises(ExpiredError, match=r"is ready: that takes about 0\.6 s, and 0\.55 s are left$"):
+        waiting.add(ticket(times, deadline=times.now + 0.55))
+    waiting.add(ticket(times, deadline=times.now + 0.7))
+    waiting.add(ticket(times, client="another", deadline=times.now + 0.2))  # whose turn it is, may try
+
+
+def test_fault_25_who_cannot_have_an_answer_in_time_makes_room_for_others(times: Times) -> None:
+    waiting = paced(times)
+    decoded(times, waiting, 0.4)
+    late, early = (ticket(times, deadline=times.now + seconds) for seconds in (1.0, 1.2))
+    waiting.add(late)
+    waiting.add(early)
+    times.now += 0.85
+    waiting.drop_unwanted()
+    assert [one.future.done() for one in (late, early)] == [True, False]
+    with pytest.raises(ExpiredError, match=r"^the deadline would pass before the answer is ready$"):
+        late.future.result(0)
+
+
+def test_who_waits_alone_is_tried_however_little_time_is_left(times: Times) -> None:
+    waiting = Waiting(EngineLimits())
+    decoded(times, waiting, 10.0)
+    one = ticket(times, deadline=times.now + 0.1)
+    waiting.add(one)
+    waiting.drop_unwanted()
+    assert waiting.first() is one
 
 
 def test_fault_24_whom_nobody_waits_for_is_not_counted(times: Times) -> None:
