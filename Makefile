@@ -13,6 +13,11 @@ MODEL ?= $(CHECKPOINT)
 ADDRESS ?= 127.0.0.1:50051
 TEXT ?= limelight
 ARGS ?=
+# What builds and runs images: docker, or podman. PYTHON_IMAGE, where it is set, is what the image is built upon.
+CONTAINERS ?= docker
+IMAGE ?= limelight:0.1.0
+PYTHON_IMAGE ?=
+STAND_IN := localhost/limelight-stand-in:bookworm
 
 DEMO := build/demo
 # A bundle of each checkpoint that is tried, so that none is taken for another.
@@ -34,7 +39,7 @@ PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload crowd failover wheel-smoke clean
+.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload crowd failover wheel-smoke image image-check image-base clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -154,6 +159,23 @@ wheel-smoke: $(READY) $(DEMO_BUNDLE)/bundle.json ## Build the wheel, install it 
 	done; \
 	build/wheel/venv/bin/limelight ask limelight --address 127.0.0.1:$$(cat build/wheel/port) --no-heat-map
 	@echo "wheel-smoke: the wheel serves and asks without torch"
+
+image: ## Build the image of the server (CONTAINERS=podman, IMAGE=name:tag, PYTHON_IMAGE=base)
+	@BUILDAH_FORMAT=docker $(CONTAINERS) build $(if $(PYTHON_IMAGE),--build-arg PYTHON_IMAGE=$(PYTHON_IMAGE)) --tag $(IMAGE) $(ARGS) .
+
+image-check: image $(READY) $(DEMO_BUNDLE)/bundle.json ## Build the image and run it: read-only, without rights, asked, probed, stopped
+	@LIMELIGHT_TEST_IMAGE=$(IMAGE) LIMELIGHT_TEST_CONTAINERS="$(CONTAINERS)" LIMELIGHT_TEST_BUNDLE=$(abspath $(DEMO_BUNDLE)) \
+	  $(BIN)/python -m pytest tests/deploy/test_image.py
+
+image-base: ## Make a base from Debian's packages where no registry of images is reached (root, debootstrap); give it as PYTHON_IMAGE
+	@rm -rf build/base && mkdir -p build
+	@debootstrap --variant=minbase --include=ca-certificates,python3-pip,python3-venv bookworm build/base > build/base.log \
+	  || { tail -5 build/base.log; exit 1; }
+	@ln -s /usr/bin/python3 build/base/usr/local/bin/python
+	@# a mirror of packages may have a certificate that only this machine knows
+	@cp /etc/ssl/certs/ca-certificates.crt build/base/etc/ssl/certs/
+	@tar -C build/base -c . | $(CONTAINERS) import - $(STAND_IN)
+	@rm -rf build/base && echo "PYTHON_IMAGE=$(STAND_IN)"
 
 clean: ## Remove what was built, but not .venv nor runs/
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
