@@ -57,9 +57,10 @@ WATCH = 0.5
 FLUSH = 2.0
 """Seconds that finished answers have to leave when stopping."""
 
-QUIET, LINGER = 0.25, 5.0
+QUIET, LINGER = 1.5, 5.0
 """When stopping, seconds without a new call after which connections are closed, and for which calls may keep that up.
-gRPC ends a call with CANCELLED that comes while it closes (grpc issue 41785), which no balancer takes for a refusal."""
+gRPC ends a call with CANCELLED that comes while it closes (grpc issue 41785), which no balancer takes for a refusal; so
+balancers are to have noticed by then that health is NOT_SERVING: many look every second."""
 
 
 @dataclass(frozen=True, kw_only=True)
