@@ -179,7 +179,7 @@ def proxied(configuration: Configuration, folder: Path) -> Iterator[Envoy]:
         process = subprocess.Popen(command, stdout=calls, stderr=log)
     try:
         early = Envoy(process, 0, "", folder)
-        early.until("Envoy's administrative page", place.is_file)
+        early.until("Envoy's administrative page", lambda: place.is_file() and bool(place.stat().st_size))
         administration = place.read_text(encoding="ascii")
         early.until("Envoy's readiness", lambda: _live(administration))
         (listener,) = _asked(administration, "/listeners?format=json")["listener_statuses"]
