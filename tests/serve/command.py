@@ -21,17 +21,56 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 LOOK = 0.05
 """Seconds between two looks at whether a command is ready."""
 
+GATED = """
+import dataclasses, sys, threading
+import serve.commands
+from serve.cli import main
+from tests.serve.steps import Gated
+
+class Telling(Gated):
+    def _enter(self, rows):
+        print("step", flush=True)
+        super()._enter(rows)
+
+def load(*arguments, **choices):
+    model = serve_load(*arguments, **choices)
+    gated = Telling(model.steps)
+    threading.Thread(target=lambda: (sys.stdin.readline(), gated.open()), daemon=True).start()
+    return dataclasses.replace(model, steps=gated)
+
+serve_load, serve.commands.load_model = serve.commands.load_model, load
+main()
+"""
+"""`limelight serve` whose steps wait for a line on standard input, and are told of on standard output."""
+
 Process = subprocess.Popen[bytes]
 
 
 @contextmanager
 def begun(
-    bundle: Path, folder: Path, *options: str, log: Any, environment: Mapping[str, str] | None = None
+    bundle: Path,
+    folder: Path,
+    *options: str,
+    log: Any,
+    environment: Mapping[str, str] | None = None,
+    script: str | None = None,
 ) -> Iterator[Process]:
-    """The command, killed at the end if it has not ended; it writes its port into `folder`/port once it answers."""
+    """The command, killed at the end if it has not ended; it writes its port into `folder`/port once it answers.
+
+    Args:
+        bundle: that it serves.
+        folder: where it may write.
+        options: of the command.
+        log: its standard error.
+        environment: variables besides our own.
+        script: a program in place of the command, with standard input and output to speak to, as `GATED`.
+    """
     arguments = ["serve", str(bundle), "--port=0", f"--port-file={folder / 'port'}", "--threads=1"]
+    pipe = None if script is None else subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve", *arguments, *options],
+        [sys.executable, *(("-m", "serve") if script is None else ("-c", script)), *arguments, *options],
+        stdin=pipe,
+        stdout=pipe,
         stderr=log,
         cwd=REPOSITORY,
         env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)} | dict(environment or {}),

@@ -24,6 +24,7 @@ from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from tests.reversal import Reversal
 from tests.serve.attention import ENCODER
+from tests.serve.command import GATED
 from tests.serve.faults import until
 from tests.serve.running import PATIENCE, Running, array, generate, serving, stream
 from tests.serve.steps import Echo, Gated
@@ -144,29 +145,6 @@ def test_fault_36_a_large_answer_has_left_before_the_server_is_gone(served: Serv
     np.testing.assert_array_equal(weights, np.full((1, 1, length, length), np.float32(1 / length)))
 
 
-COMMAND = """
-import dataclasses, sys, threading
-import serve.commands
-from serve.cli import main
-from tests.serve.steps import Gated
-
-class Telling(Gated):
-    def _enter(self, rows):
-        print("step", flush=True)
-        super()._enter(rows)
-
-def load(*arguments, **choices):
-    model = serve_load(*arguments, **choices)
-    gated = Telling(model.steps)
-    threading.Thread(target=lambda: (sys.stdin.readline(), gated.open()), daemon=True).start()
-    return dataclasses.replace(model, steps=gated)
-
-serve_load, serve.commands.load_model = serve.commands.load_model, load
-main()
-"""
-"""`limelight serve` whose steps wait for a line on standard input, and are told of on standard output."""
-
-
 class Process(NamedTuple):
     """The command, while it runs."""
 
@@ -208,7 +186,7 @@ def command(reversal: Reversal, tmp_path: Path) -> Iterator[Command]:
     """Begins it."""
     with ExitStack() as stack:
 
-        def begin(script: str = COMMAND, port: int = 0) -> Process:
+        def begin(script: str = GATED, port: int = 0) -> Process:
             port_file = tmp_path / "port"
             options = ("--port", str(port), "--port-file", str(port_file), "--threads", "1", "--provider", "cpu")
             process = subprocess.Popen(
