@@ -20,3 +20,8 @@ def is_loopback(host: str) -> bool:
 def host_of(address: str) -> str:
     """The host of HOST:PORT; of an IPv6 address without its brackets."""
     return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands before a colon and a port."""
+    return f"[{host}]" if ":" in host else host

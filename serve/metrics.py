@@ -5,14 +5,11 @@ from __future__ import annotations  # grpc's classes are generic to mypy alone
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from serve.errors import AddressError
 from serve.jobs import Decoded, Ticket
 from serve.logs import DROPPED
 from serve.models import Models
@@ -111,35 +108,6 @@ class Metrics:
             before = time.monotonic()
             await asyncio.sleep(LOOP_LAG)
             self._lag.observe(max(0.0, time.monotonic() - before - LOOP_LAG))
-
-    def serve(self, host: str, port: int) -> Scraped:
-        """Answer scrapes over HTTP from a thread of its own.
-
-        Raises:
-            AddressError: the address cannot be listened on.
-        """
-        try:
-            return Scraped(*start_http_server(port, host, self.registry))
-        except OSError as error:
-            raise AddressError(f"cannot listen on {host}:{port} for metrics: {error.strerror or error}") from None
-
-
-class Scraped:
-    """What answers scrapes.
-
-    Attributes:
-        port: that it listens on.
-    """
-
-    def __init__(self, server: WSGIServer, thread: Thread) -> None:
-        self._server, self._thread = server, thread
-        self.port = server.server_port
-
-    def stop(self) -> None:
-        """Answer no more."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class _Served(Collector):

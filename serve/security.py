@@ -24,6 +24,10 @@ class Security:
     """File of tokens, as `serve.access` says; with it, calls must bring one of them."""
     plaintext_tokens: bool = False
     """Tokens may come without TLS over a network: something in front ends it."""
+    metrics_tls: bool = False
+    """Scrapes are answered over TLS, with the same files."""
+    admin_tls: bool = False
+    """So are administrative calls."""
 
     @property
     def client_options(self) -> str:
@@ -35,16 +39,18 @@ class Security:
         }
         return "".join(f" {option}" for option, setting in needed.items() if setting is not None)
 
-    def check(self, host: str) -> None:
+    def check(self, host: str, admin_host: str = "127.0.0.1") -> None:
         """Refuse what would protect less than it seems.
 
         Args:
             host: that the server listens on.
+            admin_host: that it listens on for administrative calls.
 
         Raises:
             ConfigError: a setting needs another one, or tokens would cross a network in plain text.
         """
         self._check_pair()
+        self._check_administration(admin_host)
         if self.tls_certificate is not None or is_loopback(host):
             return
         if self.token_file is None:
@@ -62,3 +68,20 @@ class Security:
             raise ConfigError("tls_certificate: is of no use without tls_key: set both")
         if self.tls_certificate is None and self.tls_client_ca is not None:
             raise ConfigError("tls_client_ca: is of no use without tls_certificate and tls_key: set all three")
+        for setting in ("metrics_tls", "admin_tls"):
+            if self.tls_certificate is None and getattr(self, setting):
+                raise ConfigError(f"{setting}: is of no use without tls_certificate and tls_key: set all three")
+
+    def _check_administration(self, host: str) -> None:
+        if is_loopback(host):
+            return
+        if self.token_file is None:
+            raise ConfigError(
+                f"admin_host: {host} is not of this machine alone, where whoever reaches it could load and unload: set "
+                "token_file, so that calls must bring a token of the role admin"
+            )
+        if not (self.admin_tls or self.plaintext_tokens):
+            raise ConfigError(
+                f"admin_host: tokens would be sent to {host} in plain text: set admin_tls=true, "
+                "or plaintext_tokens=true if something in front of this server ends TLS"
+            )

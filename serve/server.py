@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serve import admin
 from serve.access import Access
+from serve.addresses import bracketed
 from serve.calls import Calls
 from serve.connections import ConnectionLimits
 from serve.engine import Engine
@@ -28,12 +29,13 @@ from serve.folder import ModelFolder
 from serve.inference import INFERENCE, InferenceService
 from serve.jobs import EngineLimits
 from serve.logs import Format, Level
-from serve.metrics import Metrics, Scraped
+from serve.metrics import Metrics
 from serve.models import Models
 from serve.observer import Observer
 from serve.pb.inference import grpc_service_pb2_grpc
 from serve.pb.limelight.v1 import admin_pb2_grpc, limelight_pb2, limelight_pb2_grpc
 from serve.room import Room
+from serve.scrapes import Scraped
 from serve.security import Security
 from serve.service import LimelightService
 from serve.tls import Tls, server_tls
@@ -46,7 +48,7 @@ log = logging.getLogger(__name__)
 SERVICE = limelight_pb2.DESCRIPTOR.services_by_name["LimelightService"].full_name
 
 LOOPBACK = "127.0.0.1"
-"""Where administrative calls are answered."""
+"""Where administrative calls are answered by default."""
 
 ADMINISTRATORS = 16
 """Most connections for them."""
@@ -73,11 +75,6 @@ class ServerOptions:
     """Port to listen on; 0 takes a free one."""
 
     @property
-    def authority(self) -> str:
-        """The host as it stands before a colon and a port."""
-        return f"[{self.host}]" if ":" in self.host else self.host
-
-    @property
     def most_calls(self) -> int:
         """Calls in flight, beyond which new ones are refused."""
         return self.limits.queue + 2 * self.limits.rows
@@ -89,9 +86,13 @@ class ServerOptions:
     client_header: str | None = None
     """Metadata key that tells clients apart, where a proxy sets it; without it, the address that a call came from."""
     metrics_port: int | None = None
-    """Port for Prometheus' scrapes, on the same host; 0 takes a free one, None none at all."""
+    """Port for Prometheus' scrapes; 0 takes a free one, None none at all."""
+    metrics_host: str | None = None
+    """Address for them; None for the same."""
     admin_port: int | None = None
-    """Port for the administrative calls, on this machine alone; 0 takes a free one, None none at all."""
+    """Port for the administrative calls; 0 takes a free one, None none at all."""
+    admin_host: str = LOOPBACK
+    """Address for them: by default this machine alone, and of any other, tokens are needed."""
     poll: float | None = None
     """Seconds between two looks at the model folder; None for none but those that are asked for."""
     write_timeout: float = 60.0
@@ -213,7 +214,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
         AddressError: an address cannot be listened on.
         ConfigError: what should protect it cannot be used.
     """
-    options.security.check(options.host)
+    options.security.check(options.host, options.admin_host)
     options.connection_limits.provide_files()
     tls, access = server_tls(options.security), Access(options.security.token_file)
     metrics = Metrics(models)
@@ -230,15 +231,16 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    port = _listen(server, options.authority, options.port, tls)
-    administration, admin_port = _administration(folder, inference, calls, options)
-    scraped = None if options.metrics_port is None else metrics.serve(options.host, options.metrics_port)
+    port = _listen(server, options.host, options.port, tls)
+    administration, admin_port = _administration(folder, inference, calls, options, tls)
+    scraped = _scraped(metrics, options, tls)
     await server.start()
     if administration is not None:
         await administration.start()
-        log.info("administrative calls on %s:%d", LOOPBACK, admin_port)
+        log.info("administrative calls on %s:%d", bracketed(options.admin_host), admin_port)
     if scraped is not None:
-        log.info("metrics on http://%s:%d/metrics", options.authority, scraped.port)
+        host = bracketed(options.metrics_host or options.host)
+        log.info("metrics on %s://%s:%d/metrics", scraped.scheme, host, scraped.port)
     for name in ("", SERVICE, INFERENCE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     parts = Parts(server, administration, servicer, calls, models, folder, metrics, scraped, observer)
@@ -254,7 +256,7 @@ def _tracing(endpoint: str | None) -> Tracing | None:
 
 
 def _administration(
-    folder: ModelFolder | None, inference: InferenceService, calls: Calls, options: ServerOptions
+    folder: ModelFolder | None, inference: InferenceService, calls: Calls, options: ServerOptions, tls: Tls | None
 ) -> tuple[grpc.aio.Server | None, int | None]:
     """Administrative calls and the port that they are on, where they are wanted."""
     if folder is None or options.admin_port is None:
@@ -264,13 +266,22 @@ def _administration(
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.AdminService(folder), server)
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference.administered(folder), server)
     reflection.enable_server_reflection((admin.SERVICE, INFERENCE, reflection.SERVICE_NAME), server)
-    return server, _listen(server, LOOPBACK, options.admin_port)
+    own = tls if options.security.admin_tls else None
+    return server, _listen(server, options.admin_host, options.admin_port, own)
 
 
-def _listen(server: grpc.aio.Server, authority: str, port: int, tls: Tls | None = None) -> int:
-    address = f"{authority}:{port}"
+def _scraped(metrics: Metrics, options: ServerOptions, tls: Tls | None) -> Scraped | None:
+    """What answers scrapes, where they are wanted."""
+    if options.metrics_port is None:
+        return None
+    context = tls.context if tls is not None and options.security.metrics_tls else None
+    return Scraped(metrics.registry, options.metrics_host or options.host, options.metrics_port, context)
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int, tls: Tls | None) -> int:
+    address = f"{bracketed(host)}:{port}"
     try:
-        return server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials)
+        return server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls.credentials())
     except RuntimeError:
         raise AddressError(f"cannot listen on {address}: is another server there? Port 0 takes a free one") from None
 

@@ -24,7 +24,7 @@ from serve.connections import ConnectionLimits
 from serve.jobs import EngineLimits
 from serve.logs import Format, Level
 from serve.security import Security
-from serve.server import ServerOptions
+from serve.server import LOOPBACK, ServerOptions
 
 PREFIX = "LIMELIGHT_SERVE_"
 """Of the variables."""
@@ -81,9 +81,17 @@ class Settings(Frozen):
     grace: float = Field(default=30.0, ge=0, allow_inf_nan=False)
     """Seconds that calls in flight have when stopping."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port for Prometheus' scrapes, on the same host; none if left out."""
+    """Port for Prometheus' scrapes; none if left out."""
+    metrics_host: str | None = Field(default=None, min_length=1)
+    """Address for them; by default the same as for calls."""
+    metrics_tls: bool = False
+    """Answer scrapes over TLS, with the same files as calls: of scrapers, too, certificates are asked."""
     admin_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port for administrative calls, on 127.0.0.1: load, unload, reload; none if left out."""
+    """Port for administrative calls: load, unload, reload; none if left out."""
+    admin_host: str = Field(default=LOOPBACK, min_length=1)
+    """Address for them; any but this machine's own needs tokens, and TLS."""
+    admin_tls: bool = False
+    """Answer administrative calls over TLS, with the same files."""
     poll: float | None = Field(default=None, ge=0.1, allow_inf_nan=False)
     """Seconds between two looks at the model folder; by default only SIGHUP and Reload have it looked at."""
     watchdog: float = Field(default=60.0, ge=0.1, allow_inf_nan=False)
@@ -133,7 +141,9 @@ class Settings(Frozen):
             limits=EngineLimits(**{field.name: getattr(self, field.name) for field in fields(EngineLimits)}),
             client_header=self.client_header,
             metrics_port=self.metrics_port,
+            metrics_host=self.metrics_host,
             admin_port=self.admin_port,
+            admin_host=self.admin_host,
             poll=self.poll,
             watchdog=self.watchdog,
             security=Security(**{field.name: getattr(self, field.name) for field in fields(Security)}),

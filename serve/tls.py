@@ -5,6 +5,7 @@ gRPC asks for the certificate before every handshake, so a new one serves the ne
 
 import datetime as dt
 import logging
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class _Version:
 
     configuration: grpc.ServerCertificateConfiguration
     expires: dt.datetime
+    context: ssl.SSLContext | None
 
 
 class Tls:
@@ -39,21 +41,33 @@ class Tls:
         certificate: PEM file of the server's certificate, then those between it and its CA.
         key: PEM file of its private key.
         client_ca: PEM file of CA certificates, one of which must have signed each client's; None asks for none.
-
-    Attributes:
-        credentials: for a port of gRPC's.
+        contexts: there is something besides gRPC that asks for `context`.
 
     Raises:
         ConfigError: a file cannot be read or is no such thing, the two do not match, or a certificate is not valid now.
     """
 
-    def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None, *, contexts: bool = False) -> None:
         files = [certificate, key] if client_ca is None else [certificate, key, client_ca]
-        self._files = Watched(files, lambda: _read(certificate, key, client_ca))
-        self._used = self._files.current()
-        changed: Any = self._changed  # grpc's types leave out that None is an answer, which its documentation names
-        self.credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
-            self._used.configuration, changed, require_client_authentication=client_ca is not None
+        self._files = Watched(files, lambda: _read(certificate, key, client_ca, contexts=contexts))
+        self._mutual = client_ca is not None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For one port of gRPC's: each port is told of changes by itself."""
+        used = self._files.current()
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            """Called by gRPC before each handshake, from threads of its own; None where nothing is new."""
+            nonlocal used
+            current = self._files.current()
+            if current is used:
+                return None
+            used = current
+            return current.configuration
+
+        fetch: Any = changed  # grpc's types leave out that None is an answer, which its documentation names
+        return grpc.dynamic_ssl_server_credentials(
+            used.configuration, fetch, require_client_authentication=self._mutual
         )
 
     @property
@@ -61,13 +75,12 @@ class Tls:
         """Until a certificate expires; negative afterwards."""
         return (self._files.current().expires - _now()).total_seconds()
 
-    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called by gRPC before each handshake, from threads of its own; None where nothing is new."""
-        current = self._files.current()
-        if current is self._used:
-            return None
-        self._used = current
-        return current.configuration
+    def context(self) -> ssl.SSLContext:
+        """For the next connection, of what is not gRPC."""
+        context = self._files.current().context
+        if context is None:
+            raise ValueError("this was made without contexts")
+        return context
 
 
 def server_tls(security: Security) -> Tls | None:
@@ -78,10 +91,10 @@ def server_tls(security: Security) -> Tls | None:
     """
     if security.tls_certificate is None or security.tls_key is None:
         return None
-    return Tls(security.tls_certificate, security.tls_key, security.tls_client_ca)
+    return Tls(security.tls_certificate, security.tls_key, security.tls_client_ca, contexts=security.metrics_tls)
 
 
-def _read(certificate: Path, key: Path, client_ca: Path | None) -> _Version:
+def _read(certificate: Path, key: Path, client_ca: Path | None, *, contexts: bool) -> _Version:
     chain, private = read_file("tls_certificate", certificate), read_file("tls_key", key)
     certificates = _certificates("tls_certificate", certificate, chain)
     _check_key(certificate, certificates[0], key, private)
@@ -90,7 +103,22 @@ def _read(certificate: Path, key: Path, client_ca: Path | None) -> _Version:
     if client_ca is not None and roots is not None:
         _certificates("tls_client_ca", client_ca, roots)
     configuration = grpc.ssl_server_certificate_configuration([(private, chain)], root_certificates=roots)
-    return _Version(configuration, min(one.not_valid_after_utc for one in certificates))
+    context = _context(certificate, key, roots) if contexts else None
+    return _Version(configuration, min(one.not_valid_after_utc for one in certificates), context)
+
+
+def _context(certificate: Path, key: Path, roots: bytes | None) -> ssl.SSLContext:
+    """Python takes a certificate from files alone: if they change just now, they are looked at again afterwards."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+        if roots is not None:
+            context.load_verify_locations(cadata=roots.decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (ssl.SSLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tls_certificate: {certificate}: cannot be used for metrics: {error}") from None
+    return context
 
 
 def _certificates(setting: str, file: Path, pem: bytes) -> list[x509.Certificate]:
