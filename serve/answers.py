@@ -31,6 +31,7 @@ class ServerError(LimelightError):
         reason: the same for programs, such as QUEUE_FULL; empty where the server gave none.
         field: of the request, that is at fault; None where none is.
         retry_after: seconds after which the server advises to try again; None where it does not.
+        request_id: what the server's log calls the call; empty where no server has told.
     """
 
     def __init__(
@@ -41,11 +42,17 @@ class ServerError(LimelightError):
         reason: str = "",
         field: str | None = None,
         retry_after: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
-        self.reason, self.field, self.retry_after = reason, field, retry_after
+        self.reason, self.field, self.retry_after, self.request_id = reason, field, retry_after, request_id
+
+    def __str__(self) -> str:
+        """The message, with what to look for in the server's log."""
+        told = not self.request_id or self.request_id in self.message
+        return self.message if told else f"{self.message} (request {self.request_id})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,7 @@ from serve.from_proto import (
 )
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
+from serve.request import ID_KEY
 from serve.wanted import Wanted, WantedAttention, WantedSearch
 
 __all__ = [
@@ -287,7 +288,7 @@ class Client:
             yield
         except grpc.RpcError as error:
             code, details, particulars = error.code(), error.details() or "", _particulars(error)
-            if code is grpc.StatusCode.INTERNAL and _CUT_OFF in details and not particulars:
+            if code is grpc.StatusCode.INTERNAL and _CUT_OFF in details and "reason" not in particulars:
                 code = grpc.StatusCode.UNAVAILABLE
                 details = f"the call was cut off before its end: ask again ({details})"
             raise ServerError(code, self._explain(code, details), **particulars) from None
@@ -315,10 +316,13 @@ class Particulars(TypedDict, total=False):
     reason: str
     field: str
     retry_after: float
+    request_id: str
 
 
 def _particulars(error: Any) -> Particulars:
     found: Particulars = {}
+    if isinstance(identity := dict(error.trailing_metadata() or ()).get(ID_KEY), str):
+        found["request_id"] = identity
     try:
         status = rpc_status.from_call(error)
     except (ValueError, DecodeError):  # details of somebody else's making, which contradict the status

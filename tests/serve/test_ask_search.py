@@ -105,7 +105,7 @@ REFUSED = {
 def test_a_search_that_cannot_be_is_refused(running: Running, options: str) -> None:
     with pytest.raises(ServerError) as caught:
         asking.run("abcdefgh", *options.split(), "--address", running.address)
-    assert str(caught.value) == REFUSED[options]
+    assert caught.value.message == REFUSED[options]
 
 
 def answer(running: Running, options: str) -> str:
