@@ -27,6 +27,11 @@ if _version_not_supported:
 
 class AdminServiceStub:
     """Loads, reloads and unloads models while others, and their predecessors, go on answering.
+
+    Errors: INVALID_ARGUMENT for a name that no entry can have, NOT_FOUND for an entry that is not there, UNAVAILABLE while
+    shutting down. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call
+    without one that it knows, PERMISSION_DENIED for one whose role is not admin. They have google.rpc details, as those of
+    LimelightService.
     """
 
     def __init__(self, channel):
@@ -59,6 +64,11 @@ class AdminServiceStub:
 
 class AdminServiceServicer:
     """Loads, reloads and unloads models while others, and their predecessors, go on answering.
+
+    Errors: INVALID_ARGUMENT for a name that no entry can have, NOT_FOUND for an entry that is not there, UNAVAILABLE while
+    shutting down. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call
+    without one that it knows, PERMISSION_DENIED for one whose role is not admin. They have google.rpc details, as those of
+    LimelightService.
     """
 
     def ListEntries(self, request, context):
@@ -70,7 +80,7 @@ class AdminServiceServicer:
 
     def Reload(self, request, context):
         """Look at the folder again: what is new or changed is loaded, what is gone is unloaded. What cannot be loaded is said in
-        its entry; what it was to replace goes on answering.
+        its entry; what it was to replace goes on answering. FAILED_PRECONDITION where the folder cannot be read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,6 +134,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
     """Loads, reloads and unloads models while others, and their predecessors, go on answering.
+
+    Errors: INVALID_ARGUMENT for a name that no entry can have, NOT_FOUND for an entry that is not there, UNAVAILABLE while
+    shutting down. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call
+    without one that it knows, PERMISSION_DENIED for one whose role is not admin. They have google.rpc details, as those of
+    LimelightService.
     """
 
     @staticmethod

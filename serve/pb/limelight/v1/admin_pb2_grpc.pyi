@@ -30,7 +30,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Loads, reloads and unloads models while others, and their predecessors, go on answering."""
+    """Loads, reloads and unloads models while others, and their predecessors, go on answering.
+
+    Errors: INVALID_ARGUMENT for a name that no entry can have, NOT_FOUND for an entry that is not there, UNAVAILABLE while
+    shutting down. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call
+    without one that it knows, PERMISSION_DENIED for one whose role is not admin. They have google.rpc details, as those of
+    LimelightService.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -40,7 +46,7 @@ class AdminServiceStub:
     """What is in the model folder, as it was last looked at."""
     Reload: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReloadRequest, _admin_pb2.ReloadResponse]
     """Look at the folder again: what is new or changed is loaded, what is gone is unloaded. What cannot be loaded is said in
-    its entry; what it was to replace goes on answering.
+    its entry; what it was to replace goes on answering. FAILED_PRECONDITION where the folder cannot be read.
     """
     LoadEntry: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadEntryRequest, _admin_pb2.LoadEntryResponse]
     """Load one entry again, whether it has changed or not, was unloaded or had failed. FAILED_PRECONDITION where that is not
@@ -51,14 +57,20 @@ class AdminServiceStub:
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Loads, reloads and unloads models while others, and their predecessors, go on answering."""
+    """Loads, reloads and unloads models while others, and their predecessors, go on answering.
+
+    Errors: INVALID_ARGUMENT for a name that no entry can have, NOT_FOUND for an entry that is not there, UNAVAILABLE while
+    shutting down. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call
+    without one that it knows, PERMISSION_DENIED for one whose role is not admin. They have google.rpc details, as those of
+    LimelightService.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListEntries: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListEntriesRequest, _admin_pb2.ListEntriesResponse]  # type: ignore[assignment]
     """What is in the model folder, as it was last looked at."""
     Reload: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReloadRequest, _admin_pb2.ReloadResponse]  # type: ignore[assignment]
     """Look at the folder again: what is new or changed is loaded, what is gone is unloaded. What cannot be loaded is said in
-    its entry; what it was to replace goes on answering.
+    its entry; what it was to replace goes on answering. FAILED_PRECONDITION where the folder cannot be read.
     """
     LoadEntry: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadEntryRequest, _admin_pb2.LoadEntryResponse]  # type: ignore[assignment]
     """Load one entry again, whether it has changed or not, was unloaded or had failed. FAILED_PRECONDITION where that is not
@@ -68,7 +80,13 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Let an entry take no more calls; those under way are answered. It stays away until LoadEntry."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Loads, reloads and unloads models while others, and their predecessors, go on answering."""
+    """Loads, reloads and unloads models while others, and their predecessors, go on answering.
+
+    Errors: INVALID_ARGUMENT for a name that no entry can have, NOT_FOUND for an entry that is not there, UNAVAILABLE while
+    shutting down. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call
+    without one that it knows, PERMISSION_DENIED for one whose role is not admin. They have google.rpc details, as those of
+    LimelightService.
+    """
 
     @_abc_1.abstractmethod
     def ListEntries(
@@ -85,7 +103,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ReloadResponse, _abc.Awaitable[_admin_pb2.ReloadResponse]]:
         """Look at the folder again: what is new or changed is loaded, what is gone is unloaded. What cannot be loaded is said in
-        its entry; what it was to replace goes on answering.
+        its entry; what it was to replace goes on answering. FAILED_PRECONDITION where the folder cannot be read.
         """
 
     @_abc_1.abstractmethod

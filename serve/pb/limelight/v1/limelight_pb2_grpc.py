@@ -29,11 +29,14 @@ class LimelightServiceStub:
     """Answers from one model, with the attention that produced them.
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
-    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
-    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
-    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
+    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full or a request alone needs more memory than
+    there is, DEADLINE_EXCEEDED for one that would be too late, UNAVAILABLE while shutting down or when the engine has
+    failed. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call without
+    one that it knows; every token may call all of this service. A field that this server does not know is refused rather
+    than ignored, so no option is ever silently without effect. A stream whose client takes nothing for a minute (the
+    server can be told another time) ends with RESOURCE_EXHAUSTED. Programs find google.rpc details with each: ErrorInfo
+    (domain "limelight", a reason such as QUEUE_FULL, the request's id in the server's log), BadRequest with the path of
+    the field at fault, RetryInfo where trying again later may help.
     """
 
     def __init__(self, channel):
@@ -83,11 +86,14 @@ class LimelightServiceServicer:
     """Answers from one model, with the attention that produced them.
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
-    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
-    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
-    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
+    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full or a request alone needs more memory than
+    there is, DEADLINE_EXCEEDED for one that would be too late, UNAVAILABLE while shutting down or when the engine has
+    failed. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call without
+    one that it knows; every token may call all of this service. A field that this server does not know is refused rather
+    than ignored, so no option is ever silently without effect. A stream whose client takes nothing for a minute (the
+    server can be told another time) ends with RESOURCE_EXHAUSTED. Programs find google.rpc details with each: ErrorInfo
+    (domain "limelight", a reason such as QUEUE_FULL, the request's id in the server's log), BadRequest with the path of
+    the field at fault, RetryInfo where trying again later may help.
     """
 
     def Generate(self, request, context):
@@ -192,11 +198,14 @@ class LimelightService:
     """Answers from one model, with the attention that produced them.
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
-    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
-    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
-    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
+    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full or a request alone needs more memory than
+    there is, DEADLINE_EXCEEDED for one that would be too late, UNAVAILABLE while shutting down or when the engine has
+    failed. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call without
+    one that it knows; every token may call all of this service. A field that this server does not know is refused rather
+    than ignored, so no option is ever silently without effect. A stream whose client takes nothing for a minute (the
+    server can be told another time) ends with RESOURCE_EXHAUSTED. Programs find google.rpc details with each: ErrorInfo
+    (domain "limelight", a reason such as QUEUE_FULL, the request's id in the server's log), BadRequest with the path of
+    the field at fault, RetryInfo where trying again later may help.
     """
 
     @staticmethod

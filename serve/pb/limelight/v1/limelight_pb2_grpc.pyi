@@ -30,11 +30,14 @@ class LimelightServiceStub:
     """Answers from one model, with the attention that produced them.
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
-    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
-    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
-    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
+    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full or a request alone needs more memory than
+    there is, DEADLINE_EXCEEDED for one that would be too late, UNAVAILABLE while shutting down or when the engine has
+    failed. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call without
+    one that it knows; every token may call all of this service. A field that this server does not know is refused rather
+    than ignored, so no option is ever silently without effect. A stream whose client takes nothing for a minute (the
+    server can be told another time) ends with RESOURCE_EXHAUSTED. Programs find google.rpc details with each: ErrorInfo
+    (domain "limelight", a reason such as QUEUE_FULL, the request's id in the server's log), BadRequest with the path of
+    the field at fault, RetryInfo where trying again later may help.
     """
 
     @_typing.overload
@@ -67,11 +70,14 @@ class LimelightServiceAsyncStub(LimelightServiceStub):
     """Answers from one model, with the attention that produced them.
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
-    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
-    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
-    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
+    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full or a request alone needs more memory than
+    there is, DEADLINE_EXCEEDED for one that would be too late, UNAVAILABLE while shutting down or when the engine has
+    failed. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call without
+    one that it knows; every token may call all of this service. A field that this server does not know is refused rather
+    than ignored, so no option is ever silently without effect. A stream whose client takes nothing for a minute (the
+    server can be told another time) ends with RESOURCE_EXHAUSTED. Programs find google.rpc details with each: ErrorInfo
+    (domain "limelight", a reason such as QUEUE_FULL, the request's id in the server's log), BadRequest with the path of
+    the field at fault, RetryInfo where trying again later may help.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -100,11 +106,14 @@ class LimelightServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers from one model, with the attention that produced them.
 
     Errors: INVALID_ARGUMENT for a request that can never succeed (the message names the field, its value and the limit),
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full, UNAVAILABLE while shutting down. A field
-    that this server does not know is refused rather than ignored, so no option is ever silently without effect. A stream
-    whose client takes nothing for a minute (the server can be told another time) ends with RESOURCE_EXHAUSTED. Programs
-    find google.rpc details with each: ErrorInfo (domain "limelight", a reason such as QUEUE_FULL, the request's id in the
-    server's log), BadRequest with the path of the field at fault, RetryInfo where trying again later may help.
+    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED when the queue is full or a request alone needs more memory than
+    there is, DEADLINE_EXCEEDED for one that would be too late, UNAVAILABLE while shutting down or when the engine has
+    failed. Where the server asks for tokens (metadata `authorization: Bearer TOKEN`), UNAUTHENTICATED for a call without
+    one that it knows; every token may call all of this service. A field that this server does not know is refused rather
+    than ignored, so no option is ever silently without effect. A stream whose client takes nothing for a minute (the
+    server can be told another time) ends with RESOURCE_EXHAUSTED. Programs find google.rpc details with each: ErrorInfo
+    (domain "limelight", a reason such as QUEUE_FULL, the request's id in the server's log), BadRequest with the path of
+    the field at fault, RetryInfo where trying again later may help.
     """
 
     @_abc_1.abstractmethod
