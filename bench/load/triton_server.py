@@ -27,7 +27,7 @@ max_batch_size: {batch}
 input [{{ name: "SOURCE", data_type: TYPE_STRING, dims: [1] }}]
 output [{{ name: "TEXT", data_type: TYPE_STRING, dims: [1] }}]
 instance_group [{{ kind: KIND_CPU, count: 1 }}]
-dynamic_batching {{ default_queue_policy {{ max_queue_size: {queue} }} }}
+dynamic_batching {{ default_queue_policy {{ max_queue_size: {queue} {policy} }} }}
 """
 """One instance, and no delay: a batch is whatever waits when the last one is done, as in the other servers."""
 
@@ -40,7 +40,7 @@ def write_repository(peer: Peer) -> Path:
     version = repository / MODEL / "1"
     version.mkdir(parents=True, exist_ok=True)
     options = peer.options
-    config = CONFIG.format(model=MODEL, batch=options.rows // options.beam, queue=options.queue)
+    config = CONFIG.format(model=MODEL, batch=options.rows // options.beam, queue=options.queue, policy="")
     values = [str(peer.model.absolute()), str(peer.folder.absolute()), *options.arguments()]
     parameters = f'parameters {{ key: "command" value: {{ string_value: "{shlex.join(values)}" }} }}\n'
     (repository / MODEL / "config.pbtxt").write_text(config + parameters, encoding="utf-8")
@@ -51,7 +51,9 @@ def write_repository(peer: Peer) -> Path:
 def prepare_backends(distribution: Path, folder: Path) -> Path:
     """Lay out the Python backend with the stub for this Python, as pytriton does; returns the backends' folder."""
     backends = folder / "backends"
-    shutil.copytree(distribution / "backends", backends, dirs_exist_ok=True)
+    if backends.is_dir():
+        return backends  # as the last server left it: its stub may still run
+    shutil.copytree(distribution / "backends", backends)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = "triton_python_backend_stub"
     shutil.copy(distribution / "python_backend_stubs" / version / stub, backends / "python" / stub)
@@ -81,26 +83,40 @@ def environment(distribution: Path) -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Become tritonserver."""
-    peer = read_peer()
+def become(repository: Path, folder: Path, port: int, *options: str) -> None:
+    """Become tritonserver over a model repository.
+
+    Args:
+        repository: this.
+        folder: where the backends may be laid out.
+        port: to listen on.
+        options: more of the command line.
+    """
     found = importlib.util.find_spec("pytriton")
     if found is None or not found.submodule_search_locations:
         sys.exit("this Python has no nvidia-pytriton: use the environment that `make bench-load` makes")
     distribution = Path(found.submodule_search_locations[0]) / "tritonserver"
-    port = free_port()
     command = [
         str(distribution / "bin" / "tritonserver"),
-        f"--model-repository={write_repository(peer)}",
-        f"--backend-directory={prepare_backends(distribution, peer.folder)}",
+        f"--model-repository={repository}",
+        f"--backend-directory={prepare_backends(distribution, folder)}",
         "--disable-auto-complete-config",
         "--allow-http=false",
         "--allow-metrics=false",
         "--grpc-address=127.0.0.1",
         f"--grpc-port={port}",
+        *options,
     ]
-    write_port(peer.port_file, port)
     os.execve(command[0], command, environment(distribution))
+
+
+def main() -> None:
+    """Become tritonserver over the bundle, once the port is told."""
+    peer = read_peer()
+    port = free_port()
+    repository = write_repository(peer)
+    write_port(peer.port_file, port)
+    become(repository, peer.folder, port)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def triton_server(folder: Path, serving: Serving) -> Iterator[grpc.Channel]:
     arguments = [str(write_repository(folder / "models", serving)), str(folder), str(port)]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            [str(PYTHON), "-m", "tests.peers.triton_server", *arguments],
+            [str(PYTHON), "-m", "bench.faults.triton_server", *arguments],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdout=log,
