@@ -135,8 +135,12 @@ class Results:
         temporary.replace(self._path)
 
 
-def commit() -> str:
-    """What was measured: the commit, with "-dirty" where the code differs from it; "unknown" outside a repository."""
+def commit(*paths: str) -> str:
+    """What was measured: the commit, with "-dirty" where the code differs from it; "unknown" outside a repository.
+
+    Args:
+        paths: where the code is; by default that of decoding.
+    """
     root = Path(__file__).parent.parent
     head = subprocess.run(
         ("git", "rev-parse", "--short=12", "HEAD"), cwd=root, capture_output=True, text=True, check=False
@@ -144,7 +148,7 @@ def commit() -> str:
     if head.returncode:
         return "unknown"
     changed = subprocess.run(
-        ("git", "diff", "--quiet", "HEAD", "--", "model", "export", "bench/*.py"), cwd=root, check=False
+        ("git", "diff", "--quiet", "HEAD", "--", *(paths or ("model", "export", "bench/*.py"))), cwd=root, check=False
     )
     return head.stdout.strip() + ("-dirty" if changed.returncode else "")
 

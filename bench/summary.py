@@ -177,23 +177,23 @@ def _rows(path: Path) -> Rows:
     return rows
 
 
-def main(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is not up to date.")] = False,
-    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="What to write the tables into.")] = PAGE,
-) -> None:
-    """Write the tables of the benchmarks' results into the page about performance."""
+def write(page: Path, results: Path, tables: Callable[[], Mapping[str, Sequence[str]]], *, check: bool) -> None:
+    """Write tables into a page, or look whether they are there already; and say so.
+
+    Args:
+        page: with a place for each.
+        results: what they are made of.
+        tables: makes them.
+        check: write nothing.
+
+    Raises:
+        typer.Exit: a table cannot be made or has no place, or is to be there and is not.
+    """
     console = Console()
     try:
         before = page.read_text(encoding="utf-8")
-        decoding = Decoding(_rows(results / "decode.json"))
-        tables = {
-            "decode": decoding.table(),
-            "goals": decoding.goals(),
-            "load": load_table(_rows(results / "load.json")),
-            "profile": profile_table(_rows(results / "profile.json")),
-        }
-        after = fill(before, tables)
+        made = tables()
+        after = fill(before, made)
     except (BenchError, FileNotFoundError) as error:
         console.print(f"[red]error:[/red] {page}: {error}")
         raise typer.Exit(1) from None
@@ -202,7 +202,26 @@ def main(
         raise typer.Exit(1)
     if not check:
         page.write_text(after, encoding="utf-8")
-    console.print(f"{page}: {', '.join(tables)} as in {results}")
+    console.print(f"{page}: {', '.join(made)} as in {results}")
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is not up to date.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = RESULTS,
+    page: Annotated[Path, typer.Option(help="What to write the tables into.")] = PAGE,
+) -> None:
+    """Write the tables of the benchmarks' results into the page about performance."""
+
+    def tables() -> Mapping[str, Sequence[str]]:
+        decoding = Decoding(_rows(results / "decode.json"))
+        return {
+            "decode": decoding.table(),
+            "goals": decoding.goals(),
+            "load": load_table(_rows(results / "load.json")),
+            "profile": profile_table(_rows(results / "profile.json")),
+        }
+
+    write(page, results, tables, check=check)
 
 
 if __name__ == "__main__":

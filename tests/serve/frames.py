@@ -53,11 +53,11 @@ def send(opened: socket.socket, *frames: Frame) -> None:
     opened.sendall(encoded(*frames))
 
 
-def call(opened: socket.socket, method: str, message: bytes, **metadata: str) -> None:
-    """Begin a call with one message, on stream 1; of the metadata's names, underscores are hyphens."""
+def call(opened: socket.socket, method: str, message: bytes, stream: int = 1, **metadata: str) -> None:
+    """Begin a call with one message; of the metadata's names, underscores are hyphens."""
     data = b"\0" + len(message).to_bytes(4) + message
-    begun = Frame(HEADERS, END_HEADERS, headers(method, **metadata), 1)
-    send(opened, begun, Frame(DATA, END_STREAM, data, 1))
+    begun = Frame(HEADERS, END_HEADERS, headers(method, **metadata), stream)
+    send(opened, begun, Frame(DATA, END_STREAM, data, stream))
 
 
 def headers(method: str, **metadata: str) -> bytes:
