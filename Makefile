@@ -35,11 +35,12 @@ BUILT_IN := --set data.kind=cmudict
 SHIPPED_DATA := $(if $(filter checkpoints/g2p-en,$(CHECKPOINT:/=)),$(BUILT_IN))
 # The servers that bench-load measures beside ours, each in an environment of its own: their needs contradict ours.
 PEERS := build/load/ctranslate2-environment/.ready build/load/triton-environment/.ready
+FAULT_PEERS := build/load/triton-environment/.ready build/load/mlserver-environment/.ready
 # Only the quick recipe, which is made to be run again, starts afresh unasked.
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload crowd failover wheel-smoke image image-check image-base clean
+.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload crowd failover faults wheel-smoke image image-check image-base clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -138,8 +139,12 @@ failover: $(READY) build/load/envoy-environment/.ready ## Kill and stop replicas
 crowd: $(READY) ## Let 10,000 connections and floods of resets come to a server, and see what good clients get
 	@$(BIN)/python -m bench.crowd $(ARGS)
 
-bench-summary: $(READY) ## Write the figures in bench/results/ into docs/performance.md
+faults: $(READY) $(FAULT_PEERS) ## Put the same faults to this server, Triton and MLServer; table and JSON in bench/results/
+	@$(BIN)/python -m bench.faults $(ARGS)
+
+bench-summary: $(READY) ## Write what is in bench/results/ into docs/performance.md and docs/reliability.md
 	@$(BIN)/python -m bench.summary $(ARGS)
+	@$(BIN)/python -m bench.faults.table $(ARGS)
 
 build/load/%-environment/.ready: bench/load/%.txt constraints.txt
 	@echo "setting up $(@D), for benchmarks and tests alone"
