@@ -61,9 +61,13 @@ def test_what_is_named_is_there() -> None:
             assert flag != "--filename" or (REPOSITORY / file).exists()
 
 
+OTHERS = {"cpus", "drain-time-s"}
+"""Flags of Docker and Envoy."""
+
+
 def test_settings_that_are_named_are_some() -> None:
     variables = set(re.findall(r"LIMELIGHT_SERVE_([A-Z_]*[A-Z])", TEXT)) - {"CONFIG"}
-    flags = set(re.findall(r"`--([a-z-]+)`", TEXT)) - {"cpus"}
+    flags = set(re.findall(r"`--([a-z-]+)`", TEXT)) - OTHERS
     assert {"PORT", "HOST"} <= variables
     assert {"grace", "watchdog"} <= flags
     assert {name.lower() for name in variables} | {
