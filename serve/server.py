@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from serve import admin
+from serve import admin, known
 from serve.access import Access
 from serve.addresses import bracketed
 from serve.calls import Calls
@@ -26,6 +26,7 @@ from serve.connections import ConnectionLimits
 from serve.engine import Engine
 from serve.errors import AddressError
 from serve.folder import ModelFolder
+from serve.health import Health
 from serve.inference import INFERENCE, InferenceService
 from serve.jobs import EngineLimits
 from serve.logs import Format, Level
@@ -117,7 +118,7 @@ class Parts:
 
     server: grpc.aio.Server
     administration: grpc.aio.Server | None
-    health: health.aio.HealthServicer
+    health: Health
     calls: Calls
     models: Models
     folder: ModelFolder | None
@@ -150,9 +151,13 @@ class Server:
         self._watching = [asyncio.create_task(one) for one in work]
 
     async def _watch(self, seconds: float) -> None:
-        while not (lost := [one.engine for one in self.models.all if _lost(one.engine, seconds)]):  # noqa: ASYNC110
-            await asyncio.sleep(min(seconds / 4, WATCH))
-        log.critical("an engine %s", "hangs: it is given up" if lost[0].alive else "has failed")
+        look = min(seconds / 4, WATCH)
+        while not (lost := [one.engine for one in self.models.all if _lost(one.engine, seconds)]):
+            if not await _runs_on(self._server, look):
+                log.critical("gRPC's server has ended by itself")
+                break
+        else:
+            log.critical("an engine %s", "hangs: it is given up" if lost[0].alive else "has failed")
         try:
             await self._parts.health.enter_graceful_shutdown()
             for serving in self.models.all:
@@ -197,6 +202,15 @@ class Server:
         await self._server.wait_for_termination()
 
 
+async def _runs_on(server: grpc.aio.Server, seconds: float) -> bool:
+    """Whether gRPC's server still runs in so many seconds, which it does unless something in it has failed."""
+    try:
+        return await server.wait_for_termination(seconds)
+    except Exception:
+        log.exception("gRPC's server has failed")
+        return False
+
+
 def _lost(engine: Engine, seconds: float) -> bool:
     """It is dead, or does not come back."""
     return engine.silent >= seconds or not (engine.alive or engine.stopping)
@@ -220,7 +234,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     metrics = Metrics(models)
     observer = Observer(metrics, options.client_header, _tracing(options.otlp_endpoint))
     calls = Calls(options.most_calls, observer, options.write_timeout, access)
-    server = grpc.aio.server(interceptors=[calls], options=options.connection_limits.arguments())
+    server = known.create([calls], options.connection_limits.arguments())
     _observe(metrics, models, calls, options.limits)
     if tls is not None:
         metrics.gauge("certificate_seconds_left", "Until the server's certificate expires.", lambda: tls.seconds_left)
@@ -228,7 +242,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     limelight_pb2_grpc.add_LimelightServiceServicer_to_server(service, server)
     inference = InferenceService(models, calls.stopping, metrics, options.client_header)
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
-    servicer = health.aio.HealthServicer()
+    servicer = Health()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = _listen(server, options.host, options.port, tls)
@@ -262,7 +276,7 @@ def _administration(
     if folder is None or options.admin_port is None:
         return None, None
     limits = dataclasses.replace(options.connection_limits, connections=ADMINISTRATORS)
-    server = grpc.aio.server(interceptors=[calls], options=limits.arguments())
+    server = known.create([calls], limits.arguments())
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.AdminService(folder), server)
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference.administered(folder), server)
     reflection.enable_server_reflection((admin.SERVICE, INFERENCE, reflection.SERVICE_NAME), server)

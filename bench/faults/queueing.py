@@ -103,7 +103,7 @@ def _late(case: Case) -> Ended:
     request = case.asker.request("abcdeg", parameters=_timeout(1e-6)).SerializeToString()
     with frames.connection(case.running.ports.service) as opened:
         found = frames.begin(opened)
-        frames.call(opened, METHOD, request, grpc_timeout="1n")
+        frames.call(opened, METHOD, request, metadata={"grpc-timeout": "1n"})
         return ending(opened, found)
 
 

@@ -118,7 +118,7 @@ class Resetting:
 
     def __init__(self, counts: Counter[str]) -> None:
         service = pb.DESCRIPTOR.services_by_name["LimelightService"].full_name
-        self._headers, self._counts = frames.headers(f"/{service}/Generate"), counts
+        self._headers, self._counts = frames.headers(f"/{service}/Generate", 1), counts
         self._left: dict[socket.socket, bytes] = {}
 
     def __call__(self, opened: socket.socket, stream: int) -> int:
@@ -127,7 +127,7 @@ class Resetting:
         if not data:
             for number in range(stream, stream + 2 * BATCH, 2):
                 data += frames.encoded(
-                    Frame(frames.HEADERS, frames.END_HEADERS, self._headers, number),
+                    self._headers._replace(stream=number),
                     Frame(frames.RST_STREAM, 0, frames.CANCEL.to_bytes(4), number),
                 )
             self._counts["resets"] += BATCH

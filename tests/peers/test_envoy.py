@@ -165,7 +165,7 @@ def test_a_deadline_is_kept_where_a_replica_says_nothing(tmp_path: Path) -> None
         opened = stack.enter_context(frames.connection(envoy.port))
         answers = frames.begin(opened)
         message = pb.GenerateRequest(source="abc").SerializeToString()
-        frames.call(opened, "/limelight.v1.LimelightService/Generate", message, grpc_timeout="100m")
+        frames.call(opened, "/limelight.v1.LimelightService/Generate", message, metadata={"grpc-timeout": "100m"})
         answer = next(frame for frame in answers if frame.kind == frames.HEADERS)
         assert answer.flags & frames.END_STREAM
         assert envoy.counter(LOST_PATIENCE) == 1

@@ -2,7 +2,7 @@
 
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from tests.serve.running import PATIENCE
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 ACKNOWLEDGED, END_STREAM, END_HEADERS = 1, 1, 4
-MAX_CONCURRENT_STREAMS = 3
+MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 3, 4
 INTERNAL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 2, 8, 11
 
 
@@ -41,10 +41,10 @@ def connection(port: int, source: str = "127.0.0.1") -> Iterator[socket.socket]:
         yield opened
 
 
-def begin(opened: socket.socket) -> Iterator[Frame]:
-    """Say what is to be spoken; gives what `received` does."""
+def begin(opened: socket.socket, settings: Frame | None = None) -> Iterator[Frame]:
+    """Say what is to be spoken, and how; gives what `received` does."""
     opened.sendall(PREFACE)
-    send(opened, Frame(SETTINGS))
+    send(opened, settings or Frame(SETTINGS))
     return received(opened)
 
 
@@ -53,15 +53,16 @@ def send(opened: socket.socket, *frames: Frame) -> None:
     opened.sendall(encoded(*frames))
 
 
-def call(opened: socket.socket, method: str, message: bytes, stream: int = 1, **metadata: str) -> None:
-    """Begin a call with one message; of the metadata's names, underscores are hyphens."""
+def call(
+    opened: socket.socket, method: str, message: bytes, stream: int = 1, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Begin a call with one message."""
     data = b"\0" + len(message).to_bytes(4) + message
-    begun = Frame(HEADERS, END_HEADERS, headers(method, **metadata), stream)
-    send(opened, begun, Frame(DATA, END_STREAM, data, stream))
+    send(opened, headers(method, stream, metadata), Frame(DATA, END_STREAM, data, stream))
 
 
-def headers(method: str, **metadata: str) -> bytes:
-    """What a call begins with; of the metadata's names, underscores are hyphens."""
+def headers(method: str, stream: int, metadata: Mapping[str, str] | None = None) -> Frame:
+    """How a call begins; what it says is in Latin-1, so that bytes can be sent that are no text."""
     about = {
         ":method": "POST",
         ":scheme": "http",
@@ -69,8 +70,10 @@ def headers(method: str, **metadata: str) -> bytes:
         ":authority": "test",
         "te": "trailers",
         "content-type": "application/grpc",
-    } | {name.replace("_", "-"): value for name, value in metadata.items()}
-    return b"".join(b"\0" + _word(name) + _word(value) for name, value in about.items())
+        **(metadata or {}),
+    }
+    block = b"".join(b"\0" + _word(name) + _word(value) for name, value in about.items())
+    return Frame(HEADERS, END_HEADERS, block, stream)
 
 
 def encoded(*frames: Frame) -> bytes:
@@ -85,7 +88,7 @@ def _encoded(frame: Frame) -> bytes:
 
 def _word(text: str) -> bytes:
     """As HPACK writes it without compression (RFC 7541, 5.2)."""
-    return bytes((len(text),)) + text.encode()
+    return bytes((len(text),)) + text.encode("latin-1")
 
 
 def received(opened: socket.socket) -> Iterator[Frame]:

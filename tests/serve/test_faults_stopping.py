@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -23,9 +24,11 @@ from serve.client import Client, ServerError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from tests.reversal import Reversal
+from tests.serve import frames
 from tests.serve.attention import ENCODER
 from tests.serve.command import GATED
 from tests.serve.faults import until
+from tests.serve.frames import Frame
 from tests.serve.running import PATIENCE, Running, array, generate, serving, stream
 from tests.serve.steps import Echo, Gated
 
@@ -62,6 +65,21 @@ def test_fault_36_what_is_begun_is_finished_and_what_comes_is_refused(
     answer = call.result() if begin is generate else list(call)[-1].end
     assert answer.hypotheses[0].text == "hgfedcba"
     assert stopping.result(PATIENCE) is True
+
+
+def test_fault_36_who_watches_health_and_does_not_read_holds_nothing_up(served: ServedModel) -> None:
+    """The package of the health service would wait for him before it said to anybody that the server stops."""
+    with serving(served) as server, frames.connection(server.server.port) as silent:
+        no_window = Frame(frames.SETTINGS, 0, struct.pack(">HI", frames.INITIAL_WINDOW_SIZE, 0))
+        found = frames.begin(silent, no_window)
+        frames.call(silent, "/grpc.health.v1.Health/Watch", b"")
+        assert next(frame for frame in found if frame.kind == frames.HEADERS)  # it watches; its message has no room
+        health = health_pb2_grpc.HealthStub(server.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+        assert next(watch).status == SERVING
+        stopping = server.stop(0.0)
+        assert next(watch).status == NOT_SERVING
+        assert stopping.result(PATIENCE / 6) is True
 
 
 def test_fault_36_when_its_grace_is_over_it_stops_whatever_is_left(gated: Running, gate: Gated) -> None:

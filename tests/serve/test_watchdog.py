@@ -15,7 +15,7 @@ from serve.bundle import ServedModel
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.server import Server, ServerOptions, serve_until_signal
-from tests.serve.running import PATIENCE, Running, generate, models_of, serving, stream
+from tests.serve.running import PATIENCE, Running, begin, generate, models_of, serving, stream
 from tests.serve.steps import Echo, Gated
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -130,3 +130,13 @@ def test_fault_35_an_engine_that_dies_while_the_server_stops_is_no_success(
         Late.release.set()
         assert outcome(call) == FAILED
         assert stopping.result(PATIENCE) is False
+
+
+def test_fault_35_a_server_of_grpc_that_ends_by_itself_is_told(
+    served: ServedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the engine's fault: nobody can connect any more, so the process has to end."""
+    with caplog.at_level(logging.ERROR), serving(served) as running:
+        begin(running.server._server.stop(0)).result(PATIENCE)
+        begin(asyncio.wait_for(running.server.failed.wait(), PATIENCE)).result(PATIENCE)
+    assert "gRPC's server has ended by itself" in caplog.text
