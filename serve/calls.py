@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,7 +17,7 @@ from serve.access import Access, caller_name, forget_caller
 from serve.errors import STOPPING, QueueFullError, ShuttingDownError, SlowReaderError
 from serve.observer import Observer
 from serve.status import refuse
-from serve.wire import Writer, checked
+from serve.wire import Writer, exempt_stream, exempt_unary, rewired
 
 EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.", "/inference.GRPCInferenceService/Server")
 """Calls that are answered even while shutting down."""
@@ -56,20 +57,12 @@ class Calls(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of a call."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(EXEMPT):
-            return handler
-        method = handler_call_details.method
-        read = checked(handler.request_deserializer, streamed=handler.request_streaming)
-        coding = read, handler.response_serializer
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(self._wrap_unary(method, handler.unary_unary), *coding)
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(self._wrap_stream(method, handler.unary_stream), *coding)
-        if handler.stream_stream is not None:
-            return grpc.stream_stream_rpc_method_handler(self._wrap_stream(method, handler.stream_stream), *coding)
-        # No service of ours has such a method; if one comes, it goes through here like the others.
-        return grpc.stream_unary_rpc_method_handler(self._wrap_unary(method, handler.stream_unary), *coding)
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None:
+            return None
+        if method.startswith(EXEMPT):
+            return rewired(handler, exempt_unary, exempt_stream)
+        return rewired(handler, partial(self._wrap_unary, method), partial(self._wrap_stream, method))
 
     @property
     def draining(self) -> bool:
@@ -124,6 +117,8 @@ class Calls(grpc.aio.ServerInterceptor):
                 raise request
             yield
             code, reason = grpc.StatusCode.OK, "OK"
+        except grpc.aio.InternalError:  # of gRPC, which could not write: nobody is left to be told
+            raise
         except Exception as error:
             refused = refuse(error, request)
             code, reason = refused.code, refused.reason

@@ -3,7 +3,9 @@
 from __future__ import annotations  # grpc's and asyncio's classes are generic to mypy alone
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -11,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from model.errors import InvalidRequestError
 from serve.errors import SlowReaderError
-from serve.status import Refusal
+from serve.status import Refusal, refuse
 
 Read = Callable[[bytes], Any]
 
@@ -37,6 +39,84 @@ def checked(read: Read | None, *, streamed: bool) -> Read | None:
         return error
 
     return checked
+
+
+Answer = Callable[[Any, Any], Any]
+"""Answers a call: takes its request or requests, and its context."""
+
+
+def rewired(
+    handler: grpc.RpcMethodHandler[Any, Any], unary: Callable[[Answer], Answer], stream: Callable[[Answer], Answer]
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the same calls, whose answers go through others.
+
+    To gRPC every call takes many messages. Of those that take one, it would leave a call for ever that ends without it,
+    and tell nobody; so that one is read here.
+
+    Args:
+        handler: of a call.
+        unary: makes what answers calls with one answer of what did so before.
+        stream: the same for calls with many.
+    """
+    single = not handler.request_streaming
+    coding = checked(handler.request_deserializer, streamed=not single), handler.response_serializer
+    before: Any = handler  # of which gRPC's types do not say which answer it has
+    if handler.response_streaming:
+        many = stream(before.unary_stream or before.stream_stream)
+        return grpc.stream_stream_rpc_method_handler(_of_one(many) if single else many, *coding)
+    one = unary(before.unary_unary or before.stream_unary)
+    return grpc.stream_unary_rpc_method_handler(_of_one(one) if single else one, *coding)
+
+
+def _of_one(answer: Answer) -> Answer:
+    """Answers a call whose requests are a stream, of which the first is all."""
+
+    async def call(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        message: Any = await context.read()
+        if message is grpc.aio.EOF:
+            message = InvalidRequestError("request", "the call has ended without a message")
+        return await answer(message, context)
+
+    return call
+
+
+def exempt_unary(answer: Answer) -> Answer:
+    """Answers a call that neither counts nor is counted: only its errors are told as those of all others are."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async with _told(request, context):
+            return await answer(request, context)
+
+    return call
+
+
+def exempt_stream(answer: Answer) -> Answer:
+    """The same for one with many answers."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with _told(request, context):
+            answers = answer(request, context)
+            if inspect.isawaitable(answers):  # it writes them itself
+                await answers
+                return
+            async with aclosing(answers) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+    return call
+
+
+@asynccontextmanager
+async def _told(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    try:
+        if isinstance(request, Exception):  # what it holds was no message
+            raise request
+        yield
+    except grpc.aio.BaseError:  # it has been told, or nobody is left to be
+        raise
+    except Exception as error:
+        refused = refuse(error, request)
+        await context.abort(refused.code, refused.message, refused.metadata)
 
 
 class Writer:

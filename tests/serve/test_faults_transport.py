@@ -15,6 +15,8 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthListRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 import serve.chunked
 from export.manifest import FamilyShape
@@ -24,6 +26,7 @@ from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from tests.serve.attention import ENCODER
 from tests.serve.faults import assert_idle, ended, status, until
 from tests.serve.running import PATIENCE, Running, generate, serving, stream
+from tests.serve.shelf import Shelf
 from tests.serve.steps import Echo, Gated
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,7 +83,7 @@ def test_fault_19_there_are_no_other_calls(running: Running, path: str) -> None:
 
 def literal(name: str, value: str) -> bytes:
     """A header as HPACK writes it without tables and without compression (RFC 7541, 6.2.2)."""
-    return b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in (name, value))
+    return b"\0" + b"".join(bytes([len(text)]) + text.encode("latin-1") for text in (name, value))
 
 
 def frame(kind: int, flags: int, number: int, payload: bytes) -> bytes:
@@ -94,11 +97,11 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
 HEADERS, END_OF_HEADERS, END_OF_STREAM = 1, 4, 1
 
 
-def asked_as(content_type: str) -> bytes:
+def asked_as(content_type: str, path: str = f"{SERVICE}/GetModel") -> bytes:
     headers = {
         ":method": "POST",
         ":scheme": "http",
-        ":path": f"{SERVICE}/GetModel",
+        ":path": path,
         ":authority": "localhost",
         "te": "trailers",
         "content-type": content_type,
@@ -126,6 +129,63 @@ def test_fault_19_what_is_no_grpc_harms_nobody(running: Running, what: str) -> N
         assert connection.recv(1) or what == "zeros"  # the server has read it, and answers or hangs up
         assert generate(running.stub).result(PATIENCE).hypotheses[0].text == "hgfedcba"
     assert_idle(running)
+
+
+@pytest.mark.parametrize("path", [f"{SERVICE}/GetModel\xff", "/\xed\xa0\x80", "\x80"])
+@pytest.mark.parametrize("admin", [False, True])
+def test_fault_19_a_call_whose_name_is_no_text_ends_nothing_else(shelf: Shelf, path: str, admin: bool) -> None:
+    """gRPC's own server would be gone: it reads the name as UTF-8 where it takes all calls."""
+    server, address = shelf.running.server, "127.0.0.1"
+    with socket.create_connection((address, server.admin_port if admin else server.port), PATIENCE) as connection:
+        connection.sendall(asked_as("application/grpc", path))
+        seen = b""
+        while b"Method not found!" not in seen and (part := connection.recv(65536)):
+            seen += part
+        assert b"Method not found!" in seen
+    assert shelf.ask("abc").hypotheses[0].text == "cba"
+    assert shelf.reload()["first"].version == "1"
+    assert_idle(shelf.running)
+
+
+ONE = {
+    "Generate": "unary",
+    "GenerateStream": "stream",
+    "Score": "unary",
+    "/inference.GRPCInferenceService/ModelInfer": "unary",
+    "/inference.GRPCInferenceService/ServerLive": "unary",
+    "/grpc.health.v1.Health/Check": "unary",
+    "/grpc.health.v1.Health/Watch": "stream",
+}
+"""Calls that take one message, and what they answer with."""
+
+
+@pytest.mark.parametrize("method", ONE)
+def test_fault_19_a_call_without_its_message_is_ended(running: Running, method: str) -> None:
+    path = method if method.startswith("/") else f"{SERVICE}/{method}"
+    call: Any = running.channel.stream_stream(path) if ONE[method] == "stream" else running.channel.stream_unary(path)
+    error = failed(lambda: [*call(iter(()), timeout=PATIENCE)])
+    assert status(error)[0] == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "request: the call has ended without a message"
+    assert_idle(running)
+
+
+REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+
+@pytest.mark.parametrize("path", [path for path in (*ONE, REFLECT) if path.startswith("/")])
+def test_fault_19_garbage_for_what_is_not_ours(running: Running, caplog: pytest.LogCaptureFixture, path: str) -> None:
+    call: Any = running.channel.stream_stream(path)
+    error = failed(lambda: list(call(iter([b"\0"]), timeout=PATIENCE)))
+    assert status(error) == INVALID
+    assert "are no message of this call" in error.details()
+    assert caplog.records == []
+
+
+def test_fault_19_what_health_leaves_out_is_unimplemented(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    error = failed(lambda: HealthStub(running.channel).List(HealthListRequest(), timeout=PATIENCE))
+    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert error.details() == "health is told of one service at a time: use Check or Watch"
+    assert caplog.records == []
 
 
 LARGEST = 4 * 1024 * 1024
