@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+import threading
 from typing import Any
 
 import grpc
@@ -14,7 +15,7 @@ from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.server import SERVICE, ServerOptions
 from tests.serve import frames
 from tests.serve.frames import Frame
-from tests.serve.running import PATIENCE, Running, generate, serving
+from tests.serve.running import PATIENCE, Running, begin, generate, serving
 from tests.serve.steps import Gated
 
 
@@ -67,6 +68,31 @@ def test_fault_30_a_connection_is_told_how_many_calls_it_may_make(served: Served
         first = next(frames.begin(opened))
         assert first.kind == frames.SETTINGS
         assert first.settings[frames.MAX_CONCURRENT_STREAMS] == 5
+
+
+def test_fault_30_very_many_calls_of_one_client_do_not_end_those_of_others(served: ServedModel) -> None:
+    """By default gRPC would cancel them: of each method, so many calls that nobody has looked at yet are too many."""
+    asked = threading.Event()
+
+    async def looks_at_none() -> None:
+        assert asked.wait(PATIENCE)
+
+    limits = ConnectionLimits(connection_calls=5000)
+    with serving(served, connection_limits=limits) as running, frames.connection(running.server.port) as opened:
+        assert answers(running)
+        busy = begin(looks_at_none())
+        found = frames.begin(opened)
+        path = f"/{SERVICE}/Generate"
+        frames.send(
+            opened, *(frames.headers(path, stream) for stream in range(1, 8000, 2)), Frame(frames.PING, 0, bytes(8))
+        )
+        assert next(frame for frame in found if frame.kind == frames.PING and frame.flags == frames.ACKNOWLEDGED)
+        other = generate(running.stub, "abc")
+        with pytest.raises(grpc.FutureTimeoutError):
+            other.result(0.5)  # gRPC has it, and has not cancelled it
+        asked.set()
+        busy.result(PATIENCE)
+        assert other.result(PATIENCE).hypotheses[0].text == "cba"
 
 
 def test_fault_30_one_connection_too_many_is_hung_up_on(served: ServedModel) -> None:
