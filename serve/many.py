@@ -71,6 +71,7 @@ async def answer_many(
                     raise ShuttingDownError(STOPPING)
             finally:
                 getter.cancel()
+        reader.result()  # reading may have failed while the last answer was being sent
     finally:
         left = [reader, stopped, *under_way]
         for task in left:

@@ -182,6 +182,30 @@ def test_what_fails_while_reading_ends_the_stream() -> None:
     asyncio.run(run())
 
 
+def test_what_fails_while_reading_is_told_though_an_answer_is_just_being_sent() -> None:
+    failing, failed = asyncio.Event(), asyncio.Event()
+
+    async def broken() -> AsyncIterator[pb.GenerateManyRequest]:
+        yield item(0, "ab")
+        await failing.wait()
+        failed.set()
+        raise ConnectionError("gone")
+
+    async def answer(request: pb.GenerateRequest) -> pb.GenerateResponse:  # noqa: ARG001
+        return pb.GenerateResponse()
+
+    async def run() -> None:
+        answers = answer_many(broken(), answer, asyncio.Event())
+        assert (await anext(answers)).id == "0"  # which is with whoever sends it; nobody waits for the reader
+        failing.set()
+        await failed.wait()
+        await asyncio.sleep(0)  # the reader's turn to end
+        with pytest.raises(ConnectionError, match="gone"):
+            await anext(answers)
+
+    asyncio.run(run())
+
+
 def test_the_client_gives_numbers_answers_and_errors(running: Running) -> None:
     with Client(running.address) as client:
         found = dict(client.generate_many(WORDS, beam_size=2, families=["cross"]))
