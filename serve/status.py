@@ -30,7 +30,8 @@ DOMAIN = "limelight"
 """Whose reasons they are: `google.rpc.ErrorInfo.domain`."""
 
 LONGEST_MESSAGE = 1000
-"""Characters of a message; what a client sent may be quoted in it."""
+"""Bytes of a message; what a client sent may be quoted in it. In metadata it is up to three times as long, and details
+hold it twice: clients take 8 KiB of metadata, and beyond that they tell of it instead of what was wrong."""
 
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -94,9 +95,7 @@ def refusal(error: Exception, request: object, request_id: str) -> Refusal:
         request_id: what the server's log calls the request.
     """
     outcome = outcome_of(error)
-    message = str(error)
-    if len(message) > LONGEST_MESSAGE:  # it goes into metadata, which gRPC limits
-        message = f"{message[:LONGEST_MESSAGE]}…"
+    message = _short(str(error))
     if outcome is UNKNOWN_FAULT:
         message = f"internal error (request {request_id} in the server's log)"
     return Refusal(
@@ -107,6 +106,14 @@ def refusal(error: Exception, request: object, request_id: str) -> Refusal:
         retry_after=error.retry_after if isinstance(error, QueueFullError) else 0.0,
         request_id=request_id,
     )
+
+
+def _short(message: str) -> str:
+    """A message, or as much of it as goes into metadata."""
+    written = message.encode("utf-8", "replace")
+    if len(written) <= LONGEST_MESSAGE:
+        return message
+    return f"{written[:LONGEST_MESSAGE].decode('utf-8', 'ignore')}…"
 
 
 def _packed(detail: Message) -> AnyMessage:

@@ -173,3 +173,14 @@ def test_a_long_message_is_cut_before_metadata_overflow(running: Running) -> Non
     assert error.details().startswith("model 'mmm")
     assert error.details().endswith("m…")
     assert len(error.details()) == LONGEST_MESSAGE + 1
+
+
+@pytest.mark.parametrize("letter", ["é", "漢", "😀", "\0", "%"])
+def test_a_long_message_in_any_script_is_within_what_clients_take(running: Running, letter: str) -> None:
+    """Of 8 KiB of metadata: with more of them, they would tell of that, and nothing of what was wrong."""
+    request = pb.GenerateRequest(source="ab", model=letter * 9000)
+    error = failed(running.stub.Generate.future(request, timeout=PATIENCE))
+    assert error.code() == grpc.StatusCode.NOT_FOUND
+    assert error.details().endswith("…")
+    assert LONGEST_MESSAGE - 4 < len(error.details().encode()) - len("…".encode()) <= LONGEST_MESSAGE
+    assert details(error)["ErrorInfo"].reason == "MODEL_NOT_FOUND"
