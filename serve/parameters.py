@@ -77,7 +77,7 @@ def read_parameters(parameters: Mapping[str, InferParameter], families: Sequence
             _set(message, fields[name], values[name])
     for name in (FINAL_RESPONSE, BINARY_OUTPUT):
         _checked(name, values.get(name, False), bool)
-    return Parameters(search, attention, _seconds(values.get(TIMEOUT)))
+    return Parameters(search, attention, _seconds(values[TIMEOUT]) if TIMEOUT in values else None)
 
 
 def _value(parameter: InferParameter) -> Any:
@@ -107,7 +107,7 @@ def _list(field: Field, value: Any) -> list[Any]:
     """Several values are a JSON list in a string."""
     try:
         values = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):  # lists within lists, deeper than anybody reads
         values = None
     kinds = KINDS[field.cpp_type]
     if not isinstance(values, list) or not all(type(one) in kinds for one in values):
@@ -123,9 +123,7 @@ def _reduction(value: Any) -> "pb.Reduction.ValueType":
     return REDUCTIONS[value]
 
 
-def _seconds(microseconds: Any) -> float | None:
-    if microseconds is None:
-        return None
+def _seconds(microseconds: Any) -> float:
     if (value := _checked(TIMEOUT, microseconds, int)) <= 0:
         raise InvalidRequestError(f"parameters.{TIMEOUT}", f"{value} is no number of microseconds above 0")
     return float(value) / 1e6

@@ -209,6 +209,24 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["suppressed", "layers"])
+def test_fault_11_lists_within_lists_deeper_than_anybody_reads(untouched: Running, name: str) -> None:
+    wrong = request()
+    wrong.parameters[name].CopyFrom(parameter("[" * 100_000))
+    code, text = refused(untouched, "ModelInfer", wrong)
+    assert code == INVALID
+    assert text.startswith(f"parameters.{name}: is a JSON list of")
+
+
+@pytest.mark.parametrize("name", [*PARAMETERS, "binary_data_output"])
+def test_fault_10_a_parameter_without_a_value(untouched: Running, name: str) -> None:
+    wrong = request()
+    wrong.parameters[name].SetInParent()
+    code, text = refused(untouched, "ModelInfer", wrong)
+    assert code == INVALID
+    assert re.match(rf"parameters\.{name}: .*None", text), text
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_out_of_range_or_of_another_type(untouched: Running, call: str, name: str) -> None:
