@@ -19,9 +19,9 @@ from model.errors import LimelightError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-# gRPC's core reads it when it is imported. It writes a line for every TLS handshake that fails: anybody who can connect
-# could fill a disk. What is told of an error is told by us.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# gRPC's core reads it when it is imported. It writes a line for every TLS handshake that fails and, even of errors,
+# for every header that it cannot read: anybody who can connect could fill a disk. What is told of an error, we tell.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 if os.getpid() == 1:
     # A container's first process gets no signal that it does not handle: without this, who stops a container while the

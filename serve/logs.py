@@ -30,6 +30,11 @@ FLUSH = 2.0
 STDERR = 2
 """Its file descriptor: the end of the process would wait for the lock of Python's own stream, and fail to empty it."""
 
+NO_NEWS = ("Invalid encoding on ", "ExecuteBatchError raised in core by servicer method")
+"""How lines of gRPC begin, each with a trace, which anybody who can connect can have written time and again, and which
+tell of nothing that has failed: metadata that are no UTF-8, which it reads as Latin-1; a client that has gone before
+its call's status was on the way."""
+
 CALL, FIELDS = "limelight_call", "limelight_fields"
 """What a record may have besides: the call that it is about, and figures that are fields of their own in JSON."""
 
@@ -90,6 +95,7 @@ class Lines(QueueHandler):
     def __init__(self, queue: SimpleQueue[Any], most: int = MOST) -> None:
         super().__init__(queue)
         self._most = most
+        self.addFilter(lambda record: not str(record.msg).startswith(NO_NEWS))
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """The record with all that only this thread knows of it."""

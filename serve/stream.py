@@ -60,6 +60,7 @@ class TokenStream:
     async def events(self, ticket: Ticket) -> AsyncIterator[pb.GenerateStreamResponse]:
         """The stream, in order: a start, the tokens, an end; raises what the engine raised."""
         future = asyncio.wrap_future(ticket.future)
+        future.add_done_callback(_looked_at)
         while not (future.done() and self._queue.empty()):
             getter = asyncio.ensure_future(self._queue.get())
             try:
@@ -104,3 +105,9 @@ class TokenStream:
         messages += [hypothesis_message(other, self._model.target, self._asked.wanted) for other in others]
         check_size(one for message in messages for one in message.attention)
         return pb.GenerateStreamResponse(end=pb.StreamEnd(hypotheses=messages, timings=timings_message(ticket)))
+
+
+def _looked_at(future: asyncio.Future[Decoded]) -> None:
+    """Look at what came of it, though nobody may be left who waits for it: asyncio would complain."""
+    if not future.cancelled():
+        future.exception()

@@ -1,6 +1,8 @@
 """Faults of callers who are gone or late: their rows leave at the next step, and nobody else notices."""
 
+import asyncio
 import dataclasses
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,10 +11,14 @@ import grpc
 import pytest
 
 from export.manifest import FamilyShape
+from model.options import SearchOptions
 from model.steps import Array, Memory
 from serve.bundle import ServedModel
+from serve.errors import ExpiredError
+from serve.jobs import Job, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
+from serve.stream import TokenStream
 from tests.serve.attention import CROSS, DECODER, ENCODER
 from tests.serve.faults import assert_idle, ended, until
 from tests.serve.running import PATIENCE, Running, generate, serving, stream
@@ -47,6 +53,28 @@ def test_fault_26_a_deadline_gives_its_row_back(gated: Running, gate: Gated, kin
     assert after.result().hypotheses[0].text == "dcba"
     assert gate.rows == [1] * 6
     assert_idle(gated)
+
+
+def test_what_comes_too_late_for_a_stream_is_nothing_to_complain_of(served: ServedModel) -> None:
+    """The engine fails a job in the moment in which its stream is given up."""
+    complaints: list[Any] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        asked: Any = None
+        ticket = Ticket(Job(source=[4, 3], options=SearchOptions(longest=2)))
+        events: Any = TokenStream(served, asked, pb.ModelVersion(), asked).events(ticket)
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        ticket.fail(ExpiredError("the deadline passed"))
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        await events.aclose()
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    gc.collect()
+    assert complaints == []
 
 
 SOURCES = ["abcd", "efghabcd", "hg", "abcdefgh"]

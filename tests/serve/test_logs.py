@@ -20,6 +20,7 @@ from serve.bundle import ServedModel
 from serve.logs import CALL, DROPPED, FIELDS, STDERR, JsonFormatter, Lines, about, written
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.request import ID_KEY, Request, request_id
+from tests.serve import frames
 from tests.serve.running import PATIENCE, Running, generate, serving, stream
 from tests.serve.scraping import scrape, value
 from tests.serve.steps import Echo, Gated
@@ -108,6 +109,28 @@ def test_a_cancelled_call_has_its_line(gated: Running, gate: Gated) -> None:
     (line,) = log.access
     assert (line["code"], line["reason"]) == ("CANCELLED", "CANCELLED")
     assert NEW_ID.fullmatch(line["request_id"])
+
+
+def test_metadata_that_are_no_text_are_no_news(running: Running) -> None:
+    """gRPC would write a trace for each of them, at the level of errors, whoever sends them."""
+    log = Log()
+    with written("json", "info", log.write), frames.connection(running.server.port) as opened:
+        found = frames.begin(opened)
+        frames.call(
+            opened, "/limelight.v1.LimelightService/ListModels", b"", {"x-request-id": "\xff\xfe", "other": "\x80"}
+        )
+        assert next(frame for frame in found if frame.kind == frames.DATA)
+        running.until_idle()
+    assert [line["logger"] for line in log.objects] == ["serve.access"]
+    assert NEW_ID.fullmatch(log.access[0]["request_id"])
+
+
+def test_other_lines_of_grpc_are_written() -> None:
+    log = Log()
+    with written("json", "info", log.write):
+        logging.getLogger("grpc._cython.cygrpc").error("Unexpected [%s]", "KeyError")
+        logging.getLogger("grpc._cython.cygrpc").exception("ExecuteBatchError raised in core by servicer method [/a/b]")
+    assert [line["message"] for line in log.objects] == ["Unexpected [KeyError]"]
 
 
 @pytest.mark.parametrize("given", ["a", "Trace-7.b_9", "x" * 64])

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ from serve.errors import AddressError
 from serve.jobs import EngineLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.server import ServerOptions, create_server
+from tests.serve.faults import until
 from tests.serve.jobs import MIDDLE, SHORT, job, tokens
 from tests.serve.running import PATIENCE, Running, begin, generate, models_of, score, serving, stream
 from tests.serve.scraping import families, open_families, page, scrape, value
@@ -154,6 +156,19 @@ def test_how_full_batches_are_and_what_padding_costs(served: ServedModel) -> Non
 def test_the_port_is_told(served: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "serve.server"), serving(served, metrics_port=0) as running:
         assert f"metrics on http://127.0.0.1:{running.server.metrics_port}/metrics" in caplog.text
+
+
+def test_a_scrape_that_is_reset_leaves_nothing_on_standard_error(
+    served: ServedModel, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, "serve.metrics"), serving(served, metrics_port=0) as running:
+        assert running.server.metrics_port is not None
+        with socket.create_connection(("127.0.0.1", running.server.metrics_port), PATIENCE) as opened:
+            opened.sendall(b"GET /metrics HT")
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        until(lambda: "a connection from" in caplog.text)
+        assert "limelight_rows 0.0" in page(running)
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_listens_where_it_is_not_asked_for(running: Running) -> None:
