@@ -27,3 +27,8 @@ def shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_shape_checks(shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
     """The exception, for an exporting test in a folder that checks shapes throughout."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name sets alike in every process: the tests run in several, which must agree on what there is."""
+    return "+".join(sorted(map(str, val))) or "none" if isinstance(val, set | frozenset) else None

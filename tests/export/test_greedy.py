@@ -97,7 +97,7 @@ def test_the_steps_end_when_enough_sentences_have(reversal: Reversal) -> None:
     assert len(model.greedy(question, 2, 2).ids) == 2
 
 
-@pytest.mark.parametrize("attention", [frozenset(), BOTH], ids=str)
+@pytest.mark.parametrize("attention", [frozenset(), BOTH])
 def test_a_search_answers_as_with_single_steps(model: OnnxGreedyModel, attention: frozenset[Family]) -> None:
     sources = some_sources(model, (7, 4, 1, 9, 12, 2, 7, 3, 11, 5))
     chosen = [SearchOptions(longest=12)] * len(sources)

@@ -26,7 +26,7 @@ PAIRS: list[tuple[Callable[..., SeedModel], Callable[..., SeedAhead | RowAhead]]
 
 
 @pytest.mark.parametrize(("single", "ahead"), PAIRS)
-@pytest.mark.parametrize("attention", FAMILIES, ids=str)
+@pytest.mark.parametrize("attention", FAMILIES)
 @pytest.mark.parametrize("end", [-2.0, 0.0])
 def test_a_search_finds_the_same_in_fewer_calls(
     single: Callable[..., SeedModel],

@@ -117,7 +117,7 @@ def test_metadata_that_are_no_text_are_no_news(running: Running) -> None:
     with written("json", "info", log.write), frames.connection(running.server.port) as opened:
         found = frames.begin(opened)
         frames.call(
-            opened, "/limelight.v1.LimelightService/ListModels", b"", {"x-request-id": "\xff\xfe", "other": "\x80"}
+            opened, "/limelight.v1.LimelightService/ListModels", b"", 1, {"x-request-id": "\xff\xfe", "other": "\x80"}
         )
         assert next(frame for frame in found if frame.kind == frames.DATA)
         running.until_idle()

@@ -161,12 +161,12 @@ def test_the_port_is_told(served: ServedModel, caplog: pytest.LogCaptureFixture)
 def test_a_scrape_that_is_reset_leaves_nothing_on_standard_error(
     served: ServedModel, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.DEBUG, "serve.metrics"), serving(served, metrics_port=0) as running:
+    with caplog.at_level(logging.DEBUG, "serve.scrapes"), serving(served, metrics_port=0) as running:
         assert running.server.metrics_port is not None
         with socket.create_connection(("127.0.0.1", running.server.metrics_port), PATIENCE) as opened:
             opened.sendall(b"GET /metrics HT")
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        until(lambda: "a connection from" in caplog.text)
+        until(lambda: "a scrape failed" in caplog.text)
         assert "limelight_rows 0.0" in page(running)
     assert capfd.readouterr().err == ""
 
