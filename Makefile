@@ -40,7 +40,7 @@ FAULT_PEERS := build/load/triton-environment/.ready build/load/mlserver-environm
 QUICK_AGAIN := $(if $(filter configs/g2p-quick.toml,$(CONFIG)),--overwrite)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload crowd failover faults wheel-smoke image image-check image-base clean
+.PHONY: help setup demo train export serve ask evaluate test check promise proto bench bench-decode bench-cuda bench-load bench-profile bench-summary soak overload crowd failover faults fuzz wheel-smoke image image-check image-base clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1mmake %-13s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -141,6 +141,9 @@ crowd: $(READY) ## Let 10,000 connections and floods of resets come to a server,
 
 faults: $(READY) $(FAULT_PEERS) ## Put the same faults to this server, Triton and MLServer; table and JSON in bench/results/
 	@$(BIN)/python -m bench.faults $(ARGS)
+
+fuzz: $(READY) ## Send a server a million requests, frames and bytes of all sorts (ARGS='--messages 20000 --seed 7', '--replay FILE')
+	@$(BIN)/python -m bench.fuzz $(ARGS)
 
 bench-summary: $(READY) ## Write what is in bench/results/ into docs/performance.md and docs/reliability.md
 	@$(BIN)/python -m bench.summary $(ARGS)
