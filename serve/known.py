@@ -4,7 +4,7 @@ gRPC (1.85) takes calls of methods that it knows, each by its name, and all othe
 as UTF-8, in the loop that takes every call, and where that fails the loop ends: one frame from anybody who can connect,
 and the server is gone, with all that it was answering. Nobody has a use for the name of a method that is not there, so
 here such calls are answered without it. What is used for that is not part of gRPC's promises: where it is not there any
-more, the server is gRPC's own, and `tests/serve/test_faults_frames.py` says whether that will do.
+more, the server is gRPC's own, and `tests/serve/test_faults_transport.py` says whether that will do.
 """
 
 from __future__ import annotations  # grpc's classes are generic to mypy alone
