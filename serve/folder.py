@@ -94,6 +94,11 @@ class ModelFolder:
         """All that were found, by place."""
         return [self._entries[name] for name in sorted(self._entries)]
 
+    @property
+    def failed(self) -> int:
+        """Entries whose newest contents cannot be served; may be asked from any thread."""
+        return sum(bool(entry.failure) for entry in list(self._entries.values()))
+
     async def load_all(self) -> None:
         """Load what is there, to begin with.
 

@@ -144,11 +144,17 @@ class Server:
         self.metrics_port = None if parts.scraped is None else parts.scraped.port
         self.failed = asyncio.Event()
         self._reloading: set[asyncio.Task[None]] = set()
+        self._serving = True
+        parts.metrics.gauge("serving", "1 while health says SERVING, else 0.", lambda: self._serving)
         room = Room(port, options.connection_limits.connections, lambda: parts.calls.peers, parts.metrics)
         work = [self._watch(options.watchdog), parts.metrics.watch_loop(), room.watch()]
         if parts.folder is not None and options.poll is not None:
             work.append(parts.folder.watch(options.poll))
         self._watching = [asyncio.create_task(one) for one in work]
+
+    async def _serve_no_more(self) -> None:
+        self._serving = False
+        await self._parts.health.enter_graceful_shutdown()
 
     async def _watch(self, seconds: float) -> None:
         look = min(seconds / 4, WATCH)
@@ -159,7 +165,7 @@ class Server:
         else:
             log.critical("an engine %s", "hangs: it is given up" if lost[0].alive else "has failed")
         try:
-            await self._parts.health.enter_graceful_shutdown()
+            await self._serve_no_more()
             for serving in self.models.all:
                 serving.engine.give_up()
         finally:
@@ -181,7 +187,7 @@ class Server:
         Returns:
             Whether all of them finished, and the engine had not failed.
         """
-        await self._parts.health.enter_graceful_shutdown()
+        await self._serve_no_more()
         self._calls.drain()
         finished = await self._calls.wait_until_idle(grace)
         await self._calls.wait_until_quiet(QUIET, min(grace, LINGER) if finished else 0)
@@ -236,6 +242,8 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     calls = Calls(options.most_calls, observer, options.write_timeout, access)
     server = known.create([calls], options.connection_limits.arguments())
     _observe(metrics, models, calls, options.limits)
+    what = "Entries of the model folder whose newest contents cannot be served."
+    metrics.gauge("failed_entries", what, lambda: 0 if folder is None else folder.failed)
     if tls is not None:
         metrics.gauge("certificate_seconds_left", "Until the server's certificate expires.", lambda: tls.seconds_left)
     service = LimelightService(models, calls.stopping, metrics, options.client_header)

@@ -20,6 +20,7 @@ from tests.serve.faults import until
 from tests.serve.jobs import MIDDLE, SHORT, job, tokens
 from tests.serve.running import PATIENCE, Running, begin, generate, models_of, score, serving, stream
 from tests.serve.scraping import families, open_families, page, scrape, value
+from tests.serve.shelf import Shelf
 from tests.serve.steps import Echo, Gated
 
 
@@ -180,3 +181,37 @@ def test_a_port_that_is_taken_is_told_of(served: ServedModel) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(AddressError, match=f"^cannot listen on 127.0.0.1:{port} for metrics: "):
             begin(create_server(models_of(served), ServerOptions(port=0, metrics_port=port))).result(PATIENCE)
+
+
+def gauge(running: Running, name: str) -> float | None:
+    """As a scrape would tell it."""
+    return running.server._parts.metrics.registry.get_sample_value(f"limelight_{name}")
+
+
+def test_it_tells_whether_it_serves(gated: Running, gate: Gated) -> None:
+    call = generate(gated.stub)
+    gate.wait()
+    assert gauge(gated, "serving") == 1
+    stopping = gated.stop()
+    until(lambda: gauge(gated, "serving") == 0)
+    gate.open()
+    assert call.result(PATIENCE).hypotheses
+    assert stopping.result(PATIENCE) is True
+
+
+def test_an_engine_that_has_failed_serves_no_more(served: ServedModel) -> None:
+    with serving(served) as running:
+        running.engine.give_up()
+        until(lambda: gauge(running, "serving") == 0)
+
+
+def test_what_cannot_be_loaded_is_told_until_it_can(shelf: Shelf) -> None:
+    assert gauge(shelf.running, "failed_entries") == 0
+    manifest = shelf.put(shelf.root / "first", "second", version="2") / "bundle.json"
+    good = manifest.read_bytes()
+    manifest.write_text("{")
+    shelf.reload()
+    assert gauge(shelf.running, "failed_entries") == 1
+    manifest.write_bytes(good)
+    shelf.reload()
+    assert gauge(shelf.running, "failed_entries") == 0
