@@ -193,16 +193,16 @@ class Case:
     def close(self) -> None:
         """Look at what every fault must leave behind: nothing."""
         leaks = [one.said for one in self.ended if INSIDES.search(one.said)]
-        self.never("a message tells of the server's insides", bool(leaks), f"message with insides ({len(leaks)})")
+        self.never("a message tells of the server's insides", bool(leaks), f"messages with insides: {len(leaks)}")
         unended = sum(one.code == "NONE" for one in self.ended)
-        self.never("a call has no final status", unended > 0, f"{unended} calls without a status")
+        self.never("a call has no final status", unended > 0, f"calls without a status: {unended}")
         if self.ends:
             return
         self.never("the process ended", not self.running.alive, "the process ended")
         if self.running.alive:
             self.never("a good request is not answered afterwards", not self.answers(), "does not answer afterwards")
             grown = self.settle()
-            self.never(f"{MEMORY:.0f} MB are not given back", grown > MEMORY, f"{grown:.0f} MB more")
+            self.never(f"{MEMORY:.0f} MB are not given back", grown > MEMORY, f"{grown:.0f} MB are kept")
 
     def finding(self, fault: int) -> Finding:
         """All of it, with the verdict."""

@@ -33,7 +33,7 @@ def load(
     """Have a model loaded."""
     given = {key: pb.ModelRepositoryParameter(bytes_param=value) for key, value in (parameters or {}).items()}
     request = pb.RepositoryModelLoadRequest(model_name=name, parameters=given)
-    return administrator.begin(request, call="RepositoryModelLoad", timeout=LOAD, metadata=metadata).end()
+    return administrator.begin(request, call="RepositoryModelLoad", timeout=LOAD, metadata=metadata).end(2 * LOAD)
 
 
 @contextmanager

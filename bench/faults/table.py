@@ -52,8 +52,10 @@ def cell(row: Row) -> str:
     if row["verdict"] == Verdict.EXPECTED:
         return f"as expected{calls}"
     failed = sorted((check for check in row["checks"] if not check["passed"]), key=lambda check: not check["must_not"])
-    said = dict.fromkeys(f"**{check['seen']}**" if check["must_not"] else check["seen"] for check in failed)
-    return "; ".join(said) + calls
+    seen: dict[str, bool] = {}
+    for check in failed:  # the grave ones come first, and stay grave
+        seen.setdefault(check["seen"], check["must_not"])
+    return "; ".join(f"**{what}**" if grave else what for what, grave in seen.items()) + calls
 
 
 def _of(found: Mapping[tuple[int, str], Row], fault: Fault, server: str) -> Row:

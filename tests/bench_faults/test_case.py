@@ -135,7 +135,7 @@ SAID = [
 def test_insides_in_a_message_must_not_be(case: Case, said: str) -> None:
     case.told(Ended("INTERNAL", said))
     assert closed(case) == Verdict.NEVER
-    assert failed(case) == ["message with insides (1)"]
+    assert failed(case) == ["messages with insides: 1"]
 
 
 def test_what_the_client_sent_is_nothing_of_the_insides(case: Case) -> None:
@@ -146,7 +146,7 @@ def test_what_the_client_sent_is_nothing_of_the_insides(case: Case) -> None:
 def test_a_call_without_a_status_must_not_be(case: Case) -> None:
     case.told(Ended("NONE", "no status came", 30.0))
     assert closed(case) == Verdict.NEVER
-    assert failed(case) == ["1 calls without a status"]
+    assert failed(case) == ["calls without a status: 1"]
     assert case.finding(1).seconds is None
 
 
@@ -171,7 +171,7 @@ def test_a_server_must_answer_afterwards(case: Case, running: FakeRunning) -> No
 def test_memory_must_be_given_back(case: Case, running: FakeRunning) -> None:
     running.resident += MEMORY + 1.0
     assert closed(case) == Verdict.NEVER
-    assert failed(case) == ["65 MB more"]
+    assert failed(case) == ["65 MB are kept"]
     assert case.finding(1).megabytes == MEMORY + 1.0
 
 
