@@ -5,6 +5,8 @@ under torch.export they would turn symbolic sizes into constants.
 """
 
 import os
+from collections.abc import Generator
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -32,3 +34,11 @@ def no_shape_checks(shape_checks: None, monkeypatch: pytest.MonkeyPatch) -> None
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Name sets alike in every process: the tests run in several, which must agree on what there is."""
     return "+".join(sorted(map(str, val))) or "none" if isinstance(val, set | frozenset) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """What a test has logged may be no text at all, and still has to get from one process to another."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
