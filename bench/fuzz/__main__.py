@@ -102,6 +102,7 @@ def report(seen: Seen, findings: Findings, seed: int) -> dict[str, Any]:
         "command": ["bench.fuzz", *sys.argv[1:]],
         "seed": seed,
         "seconds": seen.seconds,
+        "stopped early": seen.stopped,
         "total": seen.total,
         "messages": {"total": seen.messages.total(), **dict(seen.messages), "by verdict": dict(seen.rights)},
         "calls": {"total": seen.calls.total(), **by_service(seen.calls)},
@@ -143,7 +144,8 @@ def main(
         as_json.parent.mkdir(parents=True, exist_ok=True)
         as_json.write_text(json.dumps(report(seen, findings, seed), indent=1) + "\n", encoding="utf-8")
         rate = seen.total / max(seen.seconds, 1e-9)
-        typer.echo(f"{seen.total:,} messages and frames in {seen.seconds:.0f} s, {rate:.0f} a second; {as_json}")
+        early = ", stopped early" if seen.stopped else ""
+        typer.echo(f"{seen.total:,} messages and frames in {seen.seconds:.0f} s, {rate:.0f} a second{early}; {as_json}")
     for line in findings.told:
         typer.echo(line, err=True)
     if findings.counts:

@@ -46,6 +46,7 @@ class Seen:
         slowest: seconds of a call that nothing delayed.
         looks: at the server.
         seconds: that it took.
+        stopped: somebody ended it early.
     """
 
     messages: Counter[str] = field(default_factory=Counter)
@@ -57,6 +58,7 @@ class Seen:
     slowest: float = 0.0
     looks: Looks = field(default_factory=Looks)
     seconds: float = 0.0
+    stopped: bool = False
 
     @property
     def total(self) -> int:
@@ -85,12 +87,11 @@ class Fuzzing:
         self._watch = Watch(running, target.metrics_port, subject, self._bounds, self._found)
         self._stretch = Stretch(0, (0, 0), (0, 0))
         self._under_way: set[Case] = set()
-        self._stopping = False
         self.seen = Seen(looks=self._watch.looks)
 
     def stop(self) -> None:
         """Begin nothing new; what is under way comes to its end."""
-        self._stopping = True
+        self.seen.stopped = True
 
     async def run(self, messages: int, seed: int, tell: Callable[[Seen], None]) -> Seen:
         """Fuzz until there were so many messages and frames, or the server has died.
@@ -106,7 +107,7 @@ class Fuzzing:
         begun = time.monotonic()
         async with self._watch.looking():
             await self._watch.rest()
-            while self.seen.total < messages and not self._stopping and self._watch.alive:
+            while self.seen.total < messages and not self.seen.stopped and self._watch.alive:
                 stretch = Stretch(seed, _part(number, of_calls), _part(number, of_connections))
                 made = map(calls.call, range(*stretch.calls)), map(connections.session, range(*stretch.sessions))
                 round_ = asyncio.create_task(self._round(stretch, *made))
@@ -166,7 +167,7 @@ class Fuzzing:
 
     async def _call(self, asking: Asking, calls: Iterator[tuple[int, Call]]) -> None:
         for number, call in calls:
-            if self._stopping or not self._watch.alive:
+            if self.seen.stopped or not self._watch.alive:
                 return
             self._under_way.add(call)
             verdict = self._judges.verdict(call)
@@ -204,7 +205,7 @@ class Fuzzing:
 
     async def _talk(self, sessions: Iterator[Session]) -> None:
         for session in sessions:
-            if self._stopping or not self._watch.alive:
+            if self.seen.stopped or not self._watch.alive:
                 return
             self._under_way.add(session)
             received, wrong = await talk(session, self._ports)
