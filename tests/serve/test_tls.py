@@ -197,7 +197,7 @@ def test_fault_41_who_fails_to_connect_does_not_fill_the_log(reversal: Reversal,
     with log.open("wb") as written:
         process = subprocess.Popen([sys.executable, "-m", "serve", *arguments, *secured], stderr=written)
     try:
-        while "on 127.0.0.1:" not in (before := log.read_text(encoding="utf-8")):
+        while "on 127.0.0.1:" not in (before := log.read_text(encoding="utf-8")) or not port_file.exists():
             assert process.poll() is None, before
         port = int(port_file.read_text(encoding="ascii"))
         for _ in range(100):
