@@ -61,16 +61,15 @@ class Crowded(Server):
 
     Attributes:
         metrics_port: where it is scraped.
-        connections: that it takes; None for its default.
+        more: options of its command.
     """
 
     metrics_port: int
-    connections: int | None = None
+    more: tuple[str, ...] = ()
 
     def command(self, folder: Path) -> list[str]:
         """See `Server`."""
-        own = [] if self.connections is None else [f"--connections={self.connections}"]
-        return [*super().command(folder), f"--metrics-port={self.metrics_port}", "--log-level=warning", *own]
+        return [*super().command(folder), f"--metrics-port={self.metrics_port}", "--log-level=warning", *self.more]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +80,13 @@ class Crowd:
         title: in the table.
         kind: of crowd.
         count: its connections.
-        connections: that the server takes; None for its default.
+        options: of the server's command, other than its defaults.
     """
 
     title: str
     kind: Kind
     count: int
-    connections: int | None = None
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class Measuring:
         return {
             "title": crowd.title,
             "crowd": {"kind": crowd.kind, "count": crowd.count, **did},
-            "connections": self._server.connections,
+            "options": list(crowd.options),
             "rate": self._rate,
             "before": before,
             "during": during,
@@ -307,7 +306,9 @@ def table(rows: Sequence[Figures]) -> Table:
 
 def main(
     connections: Annotated[int, typer.Option(min=1, help="Idle ones of a crowd.")] = 10_000,
-    floods: Annotated[int, typer.Option(min=1, help="Connections that reset calls; then ten times as many.")] = 4,
+    floods: Annotated[
+        int, typer.Option(min=1, help="Connections that reset calls; then ten times as many, of 100 calls each.")
+    ] = 4,
     rate: Annotated[float, typer.Option(min=1, help="Questions a second of good clients.")] = 50.0,
     seconds: Annotated[float, typer.Option(min=1, help="That each part lasts.")] = 20.0,
     as_json: Annotated[Path, typer.Option("--json", help="Where to.")] = Path("bench/results/crowd.json"),
@@ -316,9 +317,20 @@ def main(
     workload = prepare(ModelName.G2P_EN, ROOT / "build" / "load", reuse=True)
     crowds = [
         Crowd(title="idle, by default", kind=Kind.IDLE, count=connections),
-        Crowd(title="idle, all let in", kind=Kind.IDLE, count=connections, connections=connections * 7 // 5),
+        Crowd(
+            title="idle, all let in",
+            kind=Kind.IDLE,
+            count=connections,
+            options=(f"--connections={connections * 7 // 5}",),
+        ),
         Crowd(title="slow prefaces", kind=Kind.SILENT, count=connections // 2),
-        *(Crowd(title=f"resets, {count}", kind=Kind.RESETS, count=count) for count in (floods, 10 * floods)),
+        Crowd(title=f"resets, {floods}", kind=Kind.RESETS, count=floods),
+        Crowd(
+            title=f"resets, {10 * floods}, few calls on each",
+            kind=Kind.RESETS,
+            count=10 * floods,
+            options=("--connection-calls=100",),
+        ),
     ]
     rows = []
     with Console(stderr=True).status("") as status:
@@ -330,7 +342,7 @@ def main(
                 model=workload.model_of(ServerName.LIMELIGHT, "fp32"),
                 options=ServingOptions(longest=workload.longest),
                 metrics_port=free_port(),
-                connections=crowd.connections,
+                more=crowd.options,
             )
             rows.append(crowded(server, workload.sources, crowd, rate=rate, seconds=seconds))
     Console(width=120).print(table(rows))

@@ -27,9 +27,10 @@ class ConnectionLimits:
     connections: int = 900
     """Most at a time; one more is hung up on, and before that those that nobody uses (see `serve.room`). Each is an
     open file: of these a process may often have 1,024 without asking for more."""
-    connection_calls: int = 100
-    """Most calls at a time on one; more wait at the client. As few as HTTP/2 recommends (RFC 9113, 6.5.2): a flood of
-    calls that are reset at once is cut off at so many, before one of them costs more than reading it."""
+    connection_calls: int = 1000
+    """Most calls at a time on one; more wait at the client. gRPC counts a call until the server has let go of it, which
+    is later than the client thinks, and resets (UNAVAILABLE) what comes in between: so about twice as many as a client
+    should have. A flood of calls that are reset at once is cut off at so many."""
     connection_idle: float = 900.0
     """Without a call, after which a connection is closed; clients open another when they need one."""
     connection_age: float | None = None

@@ -17,9 +17,6 @@ from tests.serve.running import PATIENCE, Running, array, serving
 ENOUGH = 0.95
 """Share of the strings that must be right, and of the positions that must look at their mirror image."""
 
-TOGETHER = 50
-"""Strings that are asked for at a time: fewer than a connection may have calls."""
-
 CHOSEN_ON, TESTED_ON = parts()["validation"], parts()["test"]
 """Strings that the model has not seen: the head is chosen on some, and tested on others."""
 
@@ -45,10 +42,8 @@ class Seen(NamedTuple):
 
 def ask(running: Running, strings: list[str]) -> list[Seen]:
     wanted = pb.AttentionOptions(families=[pb.ATTENTION_FAMILY_CROSS])
-    answers: list[pb.GenerateResponse] = []
-    for begin in range(0, len(strings), TOGETHER):
-        requests = [pb.GenerateRequest(source=one, attention=wanted) for one in strings[begin : begin + TOGETHER]]
-        answers += [call.result(PATIENCE) for call in map(running.stub.Generate.future, requests)]
+    requests = [pb.GenerateRequest(source=one, attention=wanted) for one in strings]
+    answers = [call.result(PATIENCE) for call in map(running.stub.Generate.future, requests)]
     crosses = [array(answer.hypotheses[0].attention[0]) for answer in answers]
     return [
         Seen(string, answer, cross.reshape(-1, *cross.shape[2:]))

@@ -72,7 +72,7 @@ def test_fault_30_good_clients_are_served_beside_a_small_crowd(reversal: Reversa
         model=reversal.bundle,
         options=ServingOptions(longest=12),
         metrics_port=free_port(),
-        connections=300,
+        more=("--connections=300",),
     )
     crowd = Crowd(title="small", kind=kind, count=count)
     row = crowded(server, ["abcdefgh", "abc", "hgfedcba"], crowd, rate=30.0, seconds=1.5)

@@ -194,7 +194,9 @@ def test_ask_asks_for_it(stream: str) -> None:
 def test_ask_gets_it(shortlisting: Running, running: Running) -> None:
     options = ("--shortlist", "--no-heat-map", "--address")
     assert asking.run(FEW, *options, shortlisting.address).stdout.splitlines()[0] == FEW[::-1]
-    with pytest.raises(ServerError, match=r"^shortlist: this model has none; export it with --shortlist \(request [0-9a-f]{12}\)$"):
+    with pytest.raises(
+        ServerError, match=r"^shortlist: this model has none; export it with --shortlist \(request [0-9a-f]{12}\)$"
+    ):
         asking.run(FEW, *options, running.address)
     result = asking.run(FEW, "--target", "a", "--shortlist")
     assert "--shortlist: has no effect with --target: leave one of them out" in asking.said(result)
