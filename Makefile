@@ -91,8 +91,8 @@ ask: $(READY) ## Ask the server at ADDRESS for TEXT
 evaluate: $(READY) ## Score MODEL, a checkpoint or a bundle, on its validation part (ARGS='--part test' for the test)
 	@$(LIMELIGHT) evaluate $(MODEL) $(ARGS)
 
-test: $(READY) ## Run the tests (ARGS='-k fault_34' for some)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## Run the tests, a file on each processor (ARGS='-n 0 -k fault_34' for some, one after another)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(READY) proto ## Format, lint, types, protocol; generated code must be what the protocol generates
 	@$(BIN)/ruff format --check .

@@ -4,7 +4,7 @@ from typing import cast
 
 import pytest
 
-from tests.export.shortlisting import Shortlisted, shortlisted_model
+from tests.export.shortlisting import Shortlisted, shortlisted_toy
 from tests.export.toy import Toy, halved_model, toy_model
 from tests.reversal import Reversal, reversal_model
 
@@ -27,16 +27,13 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 @pytest.fixture(scope="session", params=["tied", "untied"])
 def halved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """Each of the toys in turn, exported in float16 too."""
-    toy = cast("Toy", request.getfixturevalue(request.param))
-    return halved_model(toy, tmp_path_factory.getbasetemp() / f"{request.param}-halved")
+    return halved_model(request.param, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
 def shortlisted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shortlisted:
     """Each of the toys in turn, untied in float16 too."""
-    toy = cast("Toy", request.getfixturevalue(request.param))
-    folder = tmp_path_factory.getbasetemp() / f"{request.param}-shortlist"
-    return shortlisted_model(toy, folder, fp16=request.param == "untied")
+    return shortlisted_toy(request.param, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(params=["reversal", "tied", "untied"])

@@ -17,7 +17,7 @@ from export.manifest import Precision
 from export.onnx_writer import trace
 from export.runtime import OnnxGreedyModel, OnnxStepModel
 from model.pairs import Pair
-from tests.export.toy import ALPHABET, PAIRS, Toy, network
+from tests.export.toy import ALPHABET, PAIRS, Toy, network, toy_model
 
 SIZE = 20
 """Candidates of each sentence."""
@@ -57,6 +57,12 @@ def training_pairs() -> tuple[Pair, ...]:
         Pair("".join(draw.choices(letters, k=6)), "".join(draw.choices(letters, range(len(letters)), k=5)))
         for _ in range(300)
     )
+
+
+@functools.cache
+def shortlisted_toy(name: str, folder: Path) -> Shortlisted:
+    """One of the toys, once for each folder; untied in float16 too."""
+    return shortlisted_model(toy_model(name, folder / name), folder / f"{name}-shortlist", fp16=name == "untied")
 
 
 def shortlisted_model(toy: Toy, folder: Path, size: int = SIZE, *, fp16: bool = False) -> Shortlisted:

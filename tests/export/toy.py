@@ -95,8 +95,10 @@ def toy_model(name: str, folder: Path) -> Toy:
     return Toy(folder, traced, manifest, parity)
 
 
-def halved_model(toy: Toy, folder: Path) -> Toy:
-    """The same traces exported once more, in float16 too."""
+@functools.cache
+def halved_model(name: str, folder: Path) -> Toy:
+    """The same traces exported once more, in float16 too, once for each folder."""
+    toy, folder = toy_model(name, folder / name), folder / f"{name}-halved"
     shutil.copytree(toy.checkpoint, folder / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         retrace(toy, patch)
