@@ -41,7 +41,7 @@ def test_what_grpc_is_told() -> None:
     found = arguments(keepalive=30.0, connection_idle=2.5)
     assert found["grpc.keepalive_time_ms"] == 30_000
     assert found["grpc.max_connection_idle_ms"] == 2_500
-    assert found["grpc.max_concurrent_streams"] == 100
+    assert found["grpc.max_concurrent_streams"] == 1000
     assert arguments(connection_calls=7)["grpc.max_concurrent_streams"] == 7
     assert "grpc.max_connection_age_ms" not in found
     assert arguments(connection_age=60.0)["grpc.max_connection_age_ms"] == 60_000
