@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from serve import heap
 from serve.bundle import load_model
 from serve.folder import Load, ModelFolder
 from serve.logs import written
@@ -56,6 +57,7 @@ def serve(
 
 
 def _run(root: Path, load: Load, settings: Settings) -> None:
+    heap.keep_together()
     with written(settings.log_format, settings.log_level):
         finished = asyncio.run(_serve(root, load, settings))
     if not finished:

@@ -1,6 +1,24 @@
-"""Memory that is free and still the process's, given back to the system."""
+"""The C library's memory: kept together, and given back to the system where it is free."""
 
 import ctypes
+import os
+
+ARENAS = 1
+"""Parts of the heap that threads are dealt out to; glibc makes up to eight for each processor. What an answer leaves
+free in one is no use to the next in another, and pages between what is in use stay the process's."""
+
+_M_ARENA_MAX = -8
+"""Of glibc's `mallopt`."""
+
+
+def keep_together() -> None:
+    """Have all threads that come share the heap, unless the variable MALLOC_ARENA_MAX says how many parts it has.
+
+    Only glibc has such parts; with another C library nothing happens.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        set_option(_M_ARENA_MAX, ARENAS)
 
 
 def give_back() -> None:
