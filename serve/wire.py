@@ -62,10 +62,27 @@ def rewired(
     coding = checked(handler.request_deserializer, streamed=not single), handler.response_serializer
     before: Any = handler  # of which gRPC's types do not say which answer it has
     if handler.response_streaming:
-        many = stream(before.unary_stream or before.stream_stream)
+        many = _forgetting(stream(before.unary_stream or before.stream_stream))
         return grpc.stream_stream_rpc_method_handler(_of_one(many) if single else many, *coding)
-    one = unary(before.unary_unary or before.stream_unary)
+    one = _forgetting(unary(before.unary_unary or before.stream_unary))
     return grpc.stream_unary_rpc_method_handler(_of_one(one) if single else one, *coding)
+
+
+def _forgetting(answer: Answer) -> Answer:
+    """Answers a call, and leaves nothing of its error behind.
+
+    gRPC keeps what it raised to end a call until Python sweeps its memory. That would keep the error it came of, and
+    the frames of both with all that they knew: a model that has been swapped out, say.
+    """
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await answer(request, context)
+        except grpc.aio.AbortError as aborted:
+            aborted.__context__ = None
+            raise aborted.with_traceback(None) from None
+
+    return call
 
 
 def _of_one(answer: Answer) -> Answer:

@@ -1,10 +1,12 @@
 """A model folder: what is new is loaded, what has changed is swapped, what is gone is unloaded."""
 
 import asyncio
+import gc
 import json
 import shutil
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 from export.manifest import BundleError
 from serve.answers import Answer, Start
+from serve.bundle import ServedModel
 from serve.cli import app
 from serve.client import Client
 from serve.errors import ModelNotFoundError
@@ -28,6 +31,8 @@ from tests.reversal import Reversal
 from tests.serve.asking import run
 from tests.serve.running import PATIENCE, Running, begin, generate
 from tests.serve.shelf import LOAD, GatedLoad, Shelf, change, failed, load_entry, shelf_of, truncate, unload_entry
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_bundle_is_an_entry_by_its_own_name_and_a_folder_has_them_by_place(
@@ -235,6 +240,39 @@ def test_nothing_is_left_of_the_copies(shelf: Shelf, reversal: Reversal) -> None
     truncate(shelf.root / "first")
     shelf.reload()
     assert set(Path(tempfile.gettempdir()).glob("limelight-*")) <= before
+
+
+def test_nothing_holds_a_model_that_was_swapped_out(reversal: Reversal, tmp_path: Path) -> None:
+    """Its memory is free at once, not only when Python sweeps, whatever calls were refused meanwhile."""
+    loaded: list[weakref.ref[ServedModel]] = []
+
+    def load(bundle: Path) -> ServedModel:
+        model = LOAD(bundle)
+        loaded.append(weakref.ref(model))
+        return model
+
+    gc.disable()
+    try:
+        bundle = shutil.copytree(reversal.bundle, tmp_path / "here")
+        with shelf_of(tmp_path, load) as shelf:
+            stub = shelf.running.stub
+            wrong = pb.GenerateRequest(source="abc", search=pb.SearchOptions(beam_size=1_000_000))
+            empty = pb.ScoreRequest(source="", target="cba")
+            assert failed(lambda: stub.Generate(wrong, timeout=PATIENCE))[0] is INVALID
+            assert failed(lambda: stub.Score(empty, timeout=PATIENCE))[0] is INVALID
+            streamed = pb.GenerateStreamRequest(source="abc", search=wrong.search)
+            assert failed(lambda: list(stub.GenerateStream(streamed, timeout=PATIENCE)))[0] is INVALID
+            many = pb.GenerateManyRequest(id="1", request=wrong)
+            (answer,) = stub.GenerateMany(iter([many]), timeout=PATIENCE)
+            assert answer.error.code == INVALID.value[0]
+            shelf.ask()
+            shelf.running.until_idle()
+            change(bundle, version="2")
+            assert shelf.reload()["here"].state is admin.ENTRY_STATE_READY
+            shelf.until_retired()
+            assert [ref() is None for ref in loaded] == [True, False]
+    finally:
+        gc.enable()
 
 
 def test_counts_outlast_the_models(shelf: Shelf) -> None:
