@@ -67,6 +67,12 @@ def test_packages_import_in_one_direction(name: str) -> None:
     assert others - {package} <= PACKAGES[package]
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "bench").rglob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_use_nothing_of_the_tests(path: Path) -> None:
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    assert not [node.module for node in nodes if (node.module or "").partition(".")[0] == "tests"]
+
+
 @pytest.mark.parametrize("name", sorted(torch_free()))
 def test_what_is_promised_torch_free_loads_no_torch(name: str) -> None:
     seen, waiting = set[str](), [name]

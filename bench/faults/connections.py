@@ -11,8 +11,8 @@ from bench.faults.asking import infer_request
 from bench.faults.case import GOOD, Case, Fault
 from bench.faults.transport import HANG_UP, METHOD, heard
 from bench.faults.wanted import Wanted
-from tests.serve import frames
-from tests.serve.frames import Frame
+from bench.load import frames
+from bench.load.frames import Frame
 
 IDLE = 500
 """Connections that say nothing more than what they are."""

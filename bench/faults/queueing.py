@@ -10,8 +10,8 @@ from bench.faults.asking import Call, Ended
 from bench.faults.case import GOOD, SOON, Case, Fault
 from bench.faults.transport import METHOD, ending
 from bench.faults.wanted import Wanted
+from bench.load import frames
 from serve.pb.inference import grpc_service_pb2 as pb
-from tests.serve import frames
 
 QUEUE, MORE = 8, 5
 """Requests that may wait, and how many come that are too many."""

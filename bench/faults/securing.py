@@ -14,8 +14,8 @@ from bench.faults.case import GOOD, Case, Fault
 from bench.faults.passes import PATIENCE
 from bench.faults.running import Running, started
 from bench.faults.wanted import Files
+from bench.load.authority import YESTERDAY, Pair, pair
 from serve.channel import Credentials, open_channel
-from tests.serve.authority import YESTERDAY, Pair, pair
 
 REFUSED = ("UNAVAILABLE",)
 """What gRPC's clients make of a connection that does not come about."""

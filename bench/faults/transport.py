@@ -11,9 +11,9 @@ import grpc
 from bench.faults.asking import SERVICE, Ended, infer_request, status_of
 from bench.faults.case import Case, Fault
 from bench.faults.wanted import Wanted
+from bench.load import frames
+from bench.load.frames import Frame
 from bench.load.servers import ROOT
-from tests.serve import frames
-from tests.serve.frames import Frame
 
 METHOD = f"{SERVICE}/ModelInfer"
 

@@ -22,9 +22,9 @@ from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
 
+from bench.load import frames
+from bench.load.frames import Frame
 from serve.pb.limelight.v1 import limelight_pb2 as pb
-from tests.serve import frames
-from tests.serve.frames import Frame
 
 ADDRESSES = [f"127.0.0.{number}" for number in range(2, 10)]
 """Of this machine, that connections come from in turn: others than good clients come from."""

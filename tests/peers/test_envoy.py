@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench.failover import RETRIES, failover, judged
+from bench.load import frames
 from bench.load.callers import Kind
 from bench.load.envoy import BINARY, FILE, MISSING, Configuration, Envoy, proxied
 from bench.load.fleet import CLIENT_HEADER
@@ -27,7 +28,6 @@ from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.request import ID_KEY
 from serve.status import PUSHBACK_KEY
 from tests.reversal import Reversal, parts
-from tests.serve import frames
 from tests.serve.running import PATIENCE, Running, generate, serving
 from tests.serve.steps import Gated
 

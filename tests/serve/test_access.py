@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
+from bench.load.authority import replace
 from model.errors import ConfigError
 from serve import access
 from serve.access import Access, Entry, Role, caller_name, hash_token
@@ -33,7 +34,6 @@ from serve.security import Security
 from serve.server import SERVICE, ServerOptions, create_server
 from tests.reversal import Reversal
 from tests.serve import asking
-from tests.serve.authority import replace
 from tests.serve.jobs import submitted
 from tests.serve.running import PATIENCE, Running, begin, models_of, serving
 

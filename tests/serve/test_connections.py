@@ -9,12 +9,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bench.load import frames
+from bench.load.frames import Frame
 from serve.bundle import ServedModel
 from serve.connections import ConnectionLimits
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.server import SERVICE, ServerOptions
-from tests.serve import frames
-from tests.serve.frames import Frame
 from tests.serve.running import PATIENCE, Running, begin, generate, serving
 from tests.serve.steps import Gated
 

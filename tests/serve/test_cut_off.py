@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import grpc
 import pytest
 
+from bench.load.frames import HEADERS, INTERNAL_ERROR, PREFACE, RST_STREAM, SETTINGS, Frame, received, send
 from serve.client import Client, ServerError
-from tests.serve.frames import HEADERS, INTERNAL_ERROR, PREFACE, RST_STREAM, SETTINGS, Frame, received, send
 from tests.serve.running import PATIENCE
 
 

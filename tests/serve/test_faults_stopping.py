@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bench.load import frames
+from bench.load.frames import Frame
 from export.manifest import FamilyShape
 from serve.bundle import ServedModel
 from serve.client import Client, ServerError
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from tests.reversal import Reversal
-from tests.serve import frames
 from tests.serve.attention import ENCODER
 from tests.serve.command import GATED
 from tests.serve.faults import until
-from tests.serve.frames import Frame
 from tests.serve.running import PATIENCE, Running, array, generate, serving, stream
 from tests.serve.steps import Echo, Gated
 

@@ -15,12 +15,12 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from bench.load import frames
 from model.steps import Array, Memory
 from serve.bundle import ServedModel
 from serve.logs import CALL, DROPPED, FIELDS, STDERR, JsonFormatter, Lines, about, written
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.request import ID_KEY, Request, request_id
-from tests.serve import frames
 from tests.serve.running import PATIENCE, Running, generate, serving, stream
 from tests.serve.scraping import scrape, value
 from tests.serve.steps import Echo, Gated

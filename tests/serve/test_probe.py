@@ -11,6 +11,7 @@ import pytest
 import trustme
 from typer.testing import CliRunner
 
+from bench.load.authority import Pair, pair
 from serve.bundle import ServedModel
 from serve.cli import app
 from serve.inference import INFERENCE
@@ -18,7 +19,6 @@ from serve.probe import PORT, PORT_VARIABLE
 from serve.security import Security
 from serve.server import SERVICE
 from serve.settings import PREFIX, Settings
-from tests.serve.authority import Pair, pair
 from tests.serve.running import PATIENCE, Running, generate, serving
 from tests.serve.steps import Gated
 

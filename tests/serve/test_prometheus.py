@@ -20,11 +20,11 @@ import pytest
 import trustme
 import yaml
 
+from bench.load.authority import pair
 from bench.soak import free_port
 from serve.bundle import ServedModel
 from serve.pb.limelight.v1 import limelight_pb2 as pb
 from serve.security import Security
-from tests.serve.authority import pair
 from tests.serve.faults import until
 from tests.serve.running import PATIENCE, Running, generate, score, serving, stream
 from tests.serve.test_alerts import FOLDER, RULES

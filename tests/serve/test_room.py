@@ -14,13 +14,13 @@ import grpc
 import pytest
 
 import serve.room
+from bench.load import frames
 from model.errors import ConfigError
 from serve.bundle import ServedModel
 from serve.connections import FILES, ConnectionLimits
 from serve.pb.limelight.v1.limelight_pb2_grpc import LimelightServiceStub
 from serve.room import Connection, Peer, longest_silent, open_files, peer_named
 from tests.reversal import Reversal
-from tests.serve import frames
 from tests.serve.command import ask, begun, port
 from tests.serve.faults import until
 from tests.serve.running import PATIENCE, generate, serving

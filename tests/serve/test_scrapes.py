@@ -17,6 +17,7 @@ import trustme
 from prometheus_client import CollectorRegistry, Gauge
 
 import serve.scrapes
+from bench.load.authority import Pair, pair, replace
 from model.errors import ConfigError
 from serve.access import hash_token
 from serve.bundle import ServedModel
@@ -27,7 +28,6 @@ from serve.scrapes import MOST, Scraped
 from serve.security import Security
 from serve.server import ServerOptions, create_server
 from tests.reversal import Reversal
-from tests.serve.authority import Pair, pair, replace
 from tests.serve.running import PATIENCE, begin, models_of, serving
 
 TOKEN = "a token"

@@ -17,6 +17,7 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from bench.load.authority import TOMORROW, YESTERDAY, Pair, pair, replace
 from model.errors import ConfigError
 from serve.answers import End
 from serve.bundle import ServedModel
@@ -25,7 +26,6 @@ from serve.security import Security
 from serve.tls import Tls
 from tests.reversal import Reversal
 from tests.serve import asking
-from tests.serve.authority import TOMORROW, YESTERDAY, Pair, pair, replace
 from tests.serve.running import PATIENCE, Running, serving
 from tests.serve.steps import Gated
 

@@ -1,4 +1,4 @@
-"""Certificates for the tests, of authorities that they make themselves."""
+"""Certificates for tests and benchmarks, of authorities that they make themselves."""
 
 import datetime as dt
 import os
