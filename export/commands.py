@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import typer
 from pydantic import ValidationError
@@ -11,17 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from export import options
 from export.manifest import MANIFEST, SHORTLIST_ANSWERS, Manifest, Precision, check_files, read_manifest
 from model.config import Config, Data, PairFiles, load_config, override_data
 from model.errors import ConfigError, DataError
 from model.evaluate import Decoder, Evaluation
 from model.evaluate import evaluate as measure
 from model.pairs import Pair, Pairs, Part, read_given, read_pairs, sample_pairs
-
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Replace one value of the data section, for example data.folder=PATH."),
-]
 
 COMPARED = "an export is compared with PyTorch on validation data"
 LEARNT = "a shortlist is learnt from training data"
@@ -31,7 +27,7 @@ LEARNT = "a shortlist is learnt from training data"
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder to export.")],
     bundle: Annotated[Path, typer.Argument(help="Bundle folder to write; replaced once the new one is verified.")],
-    settings: Settings = None,
+    settings: options.Settings = None,
     validation_pairs: Annotated[
         int | None, typer.Option(min=1, help="Validation sources to decode; by default all.")
     ] = None,
@@ -125,31 +121,27 @@ def parity_table(manifest: Manifest) -> Table:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Checkpoint (run by PyTorch) or bundle (run by ONNX Runtime).")],
-    part: Annotated[
-        Literal["validation", "test"], typer.Option(help="Which part of the model's own data.")
-    ] = "validation",
-    source: Annotated[Path | None, typer.Option(help="File of source lines, instead of the model's data.")] = None,
-    target: Annotated[Path | None, typer.Option(help="File of target lines.")] = None,
-    tsv: Annotated[Path | None, typer.Option(help="TSV file of pairs, instead of the model's data.")] = None,
-    settings: Settings = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many sources, drawn with a fixed seed.")] = None,
+    model: options.Model,
+    part: options.Part = "validation",
+    source: options.Source = None,
+    target: options.Target = None,
+    tsv: options.Tsv = None,
+    settings: options.Settings = None,
+    limit: options.Limit = None,
     beam_size: Annotated[int, typer.Option("--beam-size", "-b", min=1, max=16, help="1 is greedy search.")] = 1,
     length_penalty: Annotated[float, typer.Option(min=0, max=10, help="See the README on search.")] = 1.0,
-    precision: Annotated[Literal["fp32", "int8", "fp16"], typer.Option(help="Of a bundle.")] = "fp32",
+    precision: options.Precision = "fp32",
     shortlist: Annotated[
         bool, typer.Option("--shortlist", help="Search among candidates, with a bundle that was exported so.")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of ONNX Runtime; by default all there are.")
-    ] = None,
+    threads: options.Threads = None,
     output: Annotated[Path | None, typer.Option(help="Write source, answer and references as TSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Score a checkpoint or a bundle: word and phoneme error rate (g2p), or BLEU and chrF (text)."""
-    decoder, task, data = _load(model, precision, threads, shortlist=shortlist)
+    decoder, task, data = load_decoder(model, precision, threads, shortlist=shortlist)
     if tsv or source or target:
-        read = _given_pairs(source, target, tsv)
+        read = given_pairs(source, target, tsv)
     else:
         read = read_pairs(override_data(data, settings or ()), part)
     _tell_empty(read)
@@ -166,7 +158,13 @@ def evaluate(
     _print(model, found, beam_size, shortlist=shortlist, as_json=as_json)
 
 
-def _given_pairs(source: Path | None, target: Path | None, tsv: Path | None) -> Pairs:
+def given_pairs(source: Path | None, target: Path | None, tsv: Path | None) -> Pairs:
+    """Pairs of files that the command names.
+
+    Raises:
+        ConfigError: it names none, or too many.
+        DataError: they cannot be read.
+    """
     try:
         files = PairFiles(source=source, target=target, tsv=tsv)
     except ValidationError:
@@ -179,7 +177,21 @@ def _tell_empty(read: Pairs) -> None:
         typer.echo(f"left out: {read.empty:,} pairs that are empty on one side or both", err=True)
 
 
-def _load(model: Path, precision: Precision, threads: int | None, *, shortlist: bool) -> tuple[Decoder, str, Data]:
+def load_decoder(
+    model: Path, precision: Precision, threads: int | None, *, shortlist: bool
+) -> tuple[Decoder, str, Data]:
+    """A checkpoint or a bundle, its task, and where its data lies.
+
+    Args:
+        model: folder of either.
+        precision: of a bundle.
+        threads: of ONNX Runtime; None for all processors.
+        shortlist: search among candidates, with a bundle.
+
+    Raises:
+        ConfigError: a checkpoint has no such thing.
+        CheckpointError, BundleError: it cannot be loaded.
+    """
     if (model / MANIFEST).is_file():
         return _load_bundle(model, precision, threads, shortlist=shortlist)
     if shortlist:
@@ -210,10 +222,10 @@ def _load_bundle(
 
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
-    options = RuntimeOptions(threads=threads or available_cpus())
-    steps = OnnxGreedyModel(bundle, manifest, precision, options)
+    runtime = RuntimeOptions(threads=threads or available_cpus())
+    steps = OnnxGreedyModel(bundle, manifest, precision, runtime)
     if shortlist:
-        steps = OnnxGreedyModel(bundle, manifest, precision, options, shortlist_of=steps)
+        steps = OnnxGreedyModel(bundle, manifest, precision, runtime, shortlist_of=steps)
     decoder = Decoder(
         steps,
         Tokenizer.load(bundle / manifest.source_tokenizer),

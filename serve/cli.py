@@ -106,6 +106,7 @@ def _register(module: str, name: str) -> None:
 _register("model.commands", "train")
 _register("export.commands", "export")
 _register("export.commands", "evaluate")
+_register("export.align", "align")
 _register("serve.commands", "serve")
 _register("serve.ask", "ask")
 _register("serve.doctor", "doctor")

@@ -18,6 +18,7 @@ QUICKER = {
     "evaluate": "--limit 50",
     "export": "--validation-pairs 50",
     "ask": "",
+    "align": "",
 }
 """What is added to a command so that its test is short; what it says stays as it is."""
 
@@ -123,8 +124,22 @@ def test_train_and_evaluate(folder: Path) -> None:
     assert re.search(r"WER [\d.]+  PER [\d.]+", run(evaluate, folder))
 
 
+def test_align(folder: Path, served: str) -> None:  # noqa: ARG001  # which has written the bundle
+    [command] = [line for line in commands() if line.startswith("limelight align")]
+    (folder / "pairs.tsv").write_text("podcast\tP AA D K AE S T\n", encoding="utf-8")
+    assert run(command.partition("#")[0], folder) in README
+
+
 def test_every_command_is_run() -> None:
-    known = ("make ", "limelight export", "limelight serve", "limelight ask", "limelight train", "limelight evaluate")
+    known = (
+        "make ",
+        "limelight export",
+        "limelight serve",
+        "limelight ask",
+        "limelight train",
+        "limelight evaluate",
+        "limelight align",
+    )
     assert [line for line in commands() if not line.startswith(known)] == []
 
 
