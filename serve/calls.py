@@ -12,25 +12,25 @@ from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from serve.access import Access, caller_name, forget_caller
-from serve.errors import STOPPING, QueueFullError, ShuttingDownError, SlowReaderError
+from serve.errors import STOPPING, ShuttingDownError, SlowReaderError
 from serve.observer import Observer
+from serve.shares import UNREAD, Shares
 from serve.status import refuse
-from serve.wire import Writer, exempt_stream, exempt_unary, rewired
+from serve.wire import Begun, Writer, exempt_stream, exempt_unary, rewired
 
 EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.", "/inference.GRPCInferenceService/Server")
 """Calls that are answered even while shutting down."""
-
-RETRY_AFTER = 1.0
-"""Seconds after which a caller is to try again who came while too many calls were in flight."""
 
 
 class Calls(grpc.aio.ServerInterceptor):
     """Counts calls in flight, refuses new ones while draining, and turns errors into status codes.
 
     Args:
-        most: calls in flight, beyond which new ones are refused before anything is done for them.
+        most: calls that may have begun and not ended, beyond which new ones are refused before anything is done for
+            them; asked each time.
         observer: told of each call's beginning and end.
         write_timeout: see `ServerOptions`.
         access: says who may call what; by default everybody may call everything.
@@ -41,8 +41,11 @@ class Calls(grpc.aio.ServerInterceptor):
         peers: gRPC's names of the connections that they came over, and how many over each.
     """
 
-    def __init__(self, most: int, observer: Observer, write_timeout: float, access: Access | None = None) -> None:
-        self._most, self._observer, self._access = most, observer, access or Access()
+    def __init__(
+        self, most: Callable[[], int], observer: Observer, write_timeout: float, access: Access | None = None
+    ) -> None:
+        self._observer, self._access = observer, access or Access()
+        self._shares, self._exempt = Shares(most, UNREAD), Shares(most, UNREAD)
         self._writer = Writer(write_timeout)
         self.stopping = asyncio.Event()
         self.in_flight = 0
@@ -57,12 +60,25 @@ class Calls(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of a call."""
-        handler, method = await continuation(handler_call_details), handler_call_details.method
+        return await self._wrapped(continuation, handler_call_details, self._shares.begun)
+
+    @property
+    def administrative(self) -> grpc.aio.ServerInterceptor:
+        """The same for administrative calls, which are never too many: who is to mend things must get in."""
+        return _Administrative(partial(self._wrapped, begun=lambda _: None))
+
+    async def _wrapped(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        details: grpc.HandlerCallDetails,
+        begun: Begun,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler, method = await continuation(details), details.method
         if handler is None:
             return None
         if method.startswith(EXEMPT):
-            return rewired(handler, exempt_unary, exempt_stream)
-        return rewired(handler, partial(self._wrap_unary, method), partial(self._wrap_stream, method))
+            return rewired(handler, exempt_unary, exempt_stream, partial(self._exempt.begun, bounded=False))
+        return rewired(handler, partial(self._wrap_unary, method), partial(self._wrap_stream, method), begun)
 
     @property
     def draining(self) -> bool:
@@ -90,7 +106,9 @@ class Calls(grpc.aio.ServerInterceptor):
     def _wrap_unary(self, method: str, answer: Any) -> Any:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with self._call(method, request, context):
-                return await answer(request, context)
+                response = await answer(request, context)
+                self._shares.answered(context, response.ByteSize() if isinstance(response, Message) else len(response))
+                return response
 
         return call
 
@@ -132,10 +150,6 @@ class Calls(grpc.aio.ServerInterceptor):
     def _admit(self) -> None:
         if self.draining:
             raise ShuttingDownError(STOPPING)
-        if self.in_flight > self._most:
-            raise QueueFullError(
-                f"{self._most} requests are being answered or wait, which is the limit: retry later", RETRY_AFTER
-            )
 
     def _enter(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         peer = context.peer()
@@ -154,3 +168,11 @@ class Calls(grpc.aio.ServerInterceptor):
             del self.peers[peer]
         if self.in_flight == 0:
             self._idle.set()
+
+
+class _Administrative(grpc.aio.ServerInterceptor):
+    def __init__(self, wrapped: Any) -> None:
+        self._wrapped = wrapped
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        return await self._wrapped(continuation, handler_call_details)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Unpack
 
 import grpc
 import onnxruntime as ort
@@ -22,7 +22,9 @@ from export.cpu import available_cpus
 from export.manifest import check_files, read_manifest
 from model.errors import LimelightError
 from serve.bundle import load_model
+from serve.channel import Credentials, open_channel
 from serve.client import Client, ServerError
+from serve.credential_options import with_credentials
 
 Level = Literal["ok", "warning", "error"]
 
@@ -96,16 +98,23 @@ def bundle(folder: Path) -> Iterator[Finding]:
         yield Finding("warning", "no alignment heads are stored: pictures show the mean of all heads")
 
 
-def server(address: str) -> Iterator[Finding]:
+def server(address: str, **credentials: Unpack[Credentials]) -> Iterator[Finding]:
     """Whether a server is there, healthy and answering."""
-    with grpc.insecure_channel(address) as channel:
-        try:
+    try:
+        with open_channel(address, (), **credentials) as channel:
             grpc.channel_ready_future(channel).result(SECONDS)
-        except grpc.FutureTimeoutError:
-            yield Finding("error", f"{address}: nothing answers within {SECONDS:g} s: is it running, and on this port?")
-            return
-        yield _health(channel)
-    with Client(address, timeout=SECONDS) as client:
+            yield _health(channel)
+        client = Client(address, timeout=SECONDS, **credentials)
+    except grpc.FutureTimeoutError:
+        how = "with TLS, and a certificate of this CA" if credentials.get("ca") else "without TLS (else give --ca)"
+        yield Finding(
+            "error", f"{address}: nothing answers within {SECONDS:g} s: is it running, on this port, and {how}?"
+        )
+        return
+    except LimelightError as error:
+        yield Finding("error", str(error))
+        return
+    with client:
         try:
             served = client.models()
         except ServerError as error:
@@ -139,10 +148,12 @@ def _asked(client: Client, model: str, version: str, what: str) -> Finding:
     return Finding("ok", f"{what}: {len(answer.hypotheses[0].tokens)} tokens in {1000 * seconds:.0f} ms")
 
 
+@with_credentials()
 def doctor(
     what: Annotated[
         list[str] | None, typer.Argument(help="Bundle folders and addresses HOST:PORT; none for the machine alone.")
     ] = None,
+    **credentials: Any,
 ) -> None:
     """Say what is wrong with this machine, with bundles, or with servers that run; exit with 1 if anything is."""
     console, failed = Console(), False
@@ -150,7 +161,7 @@ def doctor(
     for name in what or []:
         path = Path(name)
         if ":" in name and not path.exists():
-            subjects.append((f"server {name}", lambda name=name: server(name)))  # type: ignore[misc]
+            subjects.append((f"server {name}", lambda name=name: server(name, **credentials)))  # type: ignore[misc]
         else:
             subjects.append((f"bundle {name}", lambda path=path: bundle(path)))  # type: ignore[misc]
     for title, look in subjects:

@@ -77,7 +77,7 @@ class ServerOptions:
 
     @property
     def most_calls(self) -> int:
-        """Calls in flight, beyond which new ones are refused."""
+        """Calls of each model that may have begun and not ended, beyond which new ones are refused."""
         return self.limits.queue + 2 * self.limits.rows
 
     grace: float = 30.0
@@ -239,7 +239,7 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     tls, access = server_tls(options.security), Access(options.security.token_file)
     metrics = Metrics(models)
     observer = Observer(metrics, options.client_header, _tracing(options.otlp_endpoint))
-    calls = Calls(options.most_calls, observer, options.write_timeout, access)
+    calls = Calls(lambda: options.most_calls * max(1, len(models.all)), observer, options.write_timeout, access)
     server = known.create([calls], options.connection_limits.arguments())
     _observe(metrics, models, calls, options.limits)
     what = "Entries of the model folder whose newest contents cannot be served."
@@ -284,7 +284,7 @@ def _administration(
     if folder is None or options.admin_port is None:
         return None, None
     limits = dataclasses.replace(options.connection_limits, connections=ADMINISTRATORS)
-    server = known.create([calls], limits.arguments())
+    server = known.create([calls.administrative], limits.arguments())
     admin_pb2_grpc.add_AdminServiceServicer_to_server(admin.AdminService(folder), server)
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference.administered(folder), server)
     reflection.enable_server_reflection((admin.SERVICE, INFERENCE, reflection.SERVICE_NAME), server)

@@ -6,6 +6,7 @@ after the other, or makes a mistake, interrupts nobody.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,8 +17,12 @@ log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-Look = tuple[int, int, int] | None
-"""What tells two versions of a file apart: when it was written, its bytes, its inode; None where there is no file."""
+AGAIN = 1.0
+"""Seconds after which what could not be used is read again: a certificate may only begin to be valid."""
+
+Look = tuple[int, int, int, int] | None
+"""What tells two versions of a file apart: when it was written, when it or who may read it was changed, its bytes, its
+inode; None where there is no file."""
 
 
 class Watched(Generic[Value]):
@@ -34,6 +39,7 @@ class Watched(Generic[Value]):
     def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
         self._files, self._read = files, read
         self._lock = threading.Lock()
+        self._told, self._again = "", 0.0
         self._seen = self._look()  # before reading: what is written meanwhile is read again
         self._value = read()
 
@@ -42,16 +48,22 @@ class Watched(Generic[Value]):
         with self._lock:
             seen = self._look()
             if seen != self._seen:
-                self._seen = seen
+                self._seen, self._told = seen, ""
+                self._read_again()
+            elif self._told and time.monotonic() >= self._again:
                 self._read_again()
             return self._value
 
     def _read_again(self) -> None:
+        self._again = time.monotonic() + AGAIN
         try:
             self._value = self._read()
         except ConfigError as error:
-            log.error("%s; what was read before stays in use", error)
+            if str(error) != self._told:
+                log.error("%s; what was read before stays in use", error)
+            self._told = str(error)
         else:
+            self._told = ""
             log.info("changed, and read again: %s", ", ".join(map(str, self._files)))
 
     def _look(self) -> list[Look]:
@@ -83,4 +95,4 @@ def _look(file: Path) -> Look:
         found = file.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

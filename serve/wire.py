@@ -42,11 +42,20 @@ def checked(read: Read | None, *, streamed: bool) -> Read | None:
 
 
 Answer = Callable[[Any, Any], Any]
-"""Answers a call: takes its request or requests, and its context."""
+"""Answers a call: takes its request or requests, or an exception in their place, and its context."""
+
+Begun = Callable[[Any], Exception | None]
+"""Told of a call's context."""
+
+MESSAGE = 60.0
+"""Seconds that the one message of a call may take to come."""
 
 
 def rewired(
-    handler: grpc.RpcMethodHandler[Any, Any], unary: Callable[[Answer], Answer], stream: Callable[[Answer], Answer]
+    handler: grpc.RpcMethodHandler[Any, Any],
+    unary: Callable[[Answer], Answer],
+    stream: Callable[[Answer], Answer],
+    begun: Begun,
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """A handler of the same calls, whose answers go through others.
 
@@ -57,15 +66,16 @@ def rewired(
         handler: of a call.
         unary: makes what answers calls with one answer of what did so before.
         stream: the same for calls with many.
+        begun: told of each call before it is read. What it gives is what is answered, in place of a request.
     """
     single = not handler.request_streaming
     coding = checked(handler.request_deserializer, streamed=not single), handler.response_serializer
     before: Any = handler  # of which gRPC's types do not say which answer it has
     if handler.response_streaming:
         many = _forgetting(stream(before.unary_stream or before.stream_stream))
-        return grpc.stream_stream_rpc_method_handler(_of_one(many) if single else many, *coding)
+        return grpc.stream_stream_rpc_method_handler((_of_one if single else _of_many)(many, begun), *coding)
     one = _forgetting(unary(before.unary_unary or before.stream_unary))
-    return grpc.stream_unary_rpc_method_handler(_of_one(one) if single else one, *coding)
+    return grpc.stream_unary_rpc_method_handler((_of_one if single else _of_many)(one, begun), *coding)
 
 
 def _forgetting(answer: Answer) -> Answer:
@@ -85,14 +95,29 @@ def _forgetting(answer: Answer) -> Answer:
     return call
 
 
-def _of_one(answer: Answer) -> Answer:
+def _of_one(answer: Answer, begun: Begun) -> Answer:
     """Answers a call whose requests are a stream, of which the first is all."""
 
     async def call(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        message: Any = await context.read()
-        if message is grpc.aio.EOF:
-            message = InvalidRequestError("request", "the call has ended without a message")
-        return await answer(message, context)
+        return await answer(begun(context) or await _read(context), context)
+
+    return call
+
+
+async def _read(context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    try:
+        async with asyncio.timeout(MESSAGE):
+            message: Any = await context.read()
+    except TimeoutError:
+        return InvalidRequestError("request", f"no message has come within {MESSAGE:g} s")
+    if message is grpc.aio.EOF:
+        return InvalidRequestError("request", "the call has ended without a message")
+    return message
+
+
+def _of_many(answer: Answer, begun: Begun) -> Answer:
+    async def call(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await answer(begun(context) or requests, context)
 
     return call
 

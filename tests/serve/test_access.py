@@ -228,7 +228,9 @@ def test_methods_of_every_kind_are_guarded(served: ServedModel, file: Path, kind
         return b"".join(found) if kind.endswith("stream") else found
 
     async def start() -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(interceptors=[Calls(1, Observer(Metrics(models_of(served))), 60.0, Access(file))])
+        server = grpc.aio.server(
+            interceptors=[Calls(lambda: 1, Observer(Metrics(models_of(served))), 60.0, Access(file))]
+        )
         server.add_generic_rpc_handlers([Yes()])
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

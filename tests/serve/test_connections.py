@@ -78,7 +78,10 @@ def test_fault_30_very_many_calls_of_one_client_do_not_end_those_of_others(serve
         assert asked.wait(PATIENCE)
 
     limits = ConnectionLimits(connection_calls=5000)
-    with serving(served, connection_limits=limits) as running, frames.connection(running.server.port) as opened:
+    with (
+        serving(served, connection_limits=limits) as running,
+        frames.connection(running.server.port, "127.0.0.2") as opened,
+    ):
         assert answers(running)
         busy = begin(looks_at_none())
         found = frames.begin(opened)

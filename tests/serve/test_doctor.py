@@ -7,14 +7,20 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import trustme
 from typer.testing import CliRunner
 
 import serve.doctor
+from bench.load.authority import pair, replace
+from serve.access import Entry, hash_token
 from serve.bundle import ServedModel
 from serve.cli import app
+from serve.security import Security
 from tests.reversal import Reversal
 from tests.serve.running import Running, serving
 from tests.serve.steps import Echo, Gated
+
+TOKEN = "my-token"
 
 
 def examined(*what: str) -> tuple[int, list[str]]:
@@ -72,11 +78,25 @@ def test_a_server_that_answers_is_well(running: Running) -> None:
     assert any(line.startswith("ok") and "reversal 1 (fp32, cpu): " in line for line in lines)
 
 
+def test_a_protected_server_is_asked_with_what_it_wants(served: ServedModel, tmp_path: Path) -> None:
+    own = pair(tmp_path, trustme.CA())
+    tokens = replace(tmp_path / "tokens", f"{Entry('me', 'user', hash_token(TOKEN))}\n".encode())
+    files = Security(tls_certificate=own.certificate, tls_key=own.key, tls_client_ca=own.ca, token_file=tokens)
+    with serving(served, security=files) as running:
+        certificates = ("--ca", str(own.ca), "--certificate", str(own.certificate), "--key", str(own.key))
+        status, lines = examined(running.address, *certificates, "--token", TOKEN)
+        assert (status, any("(fp32, cpu): " in line for line in lines)) == (0, True)
+        status, lines = examined(running.address, *certificates)
+        assert status == 1
+        assert "the models cannot be listed: " in lines[-1]
+        assert "token" in lines[-1]
+
+
 def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.doctor, "SECONDS", 0.2)
     status, lines = examined("127.0.0.1:1")
     assert status == 1
-    assert "is it running, and on this port?" in lines[-1]
+    assert "is it running, on this port, and without TLS (else give --ca)?" in lines[-1]
 
 
 def test_a_server_that_does_not_answer_is_told(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
