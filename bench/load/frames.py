@@ -2,7 +2,7 @@
 
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ def connection(port: int, source: str = "127.0.0.1") -> Iterator[socket.socket]:
         yield opened
 
 
-def begin(opened: socket.socket, settings: Frame | None = None) -> Iterator[Frame]:
+def begin(opened: socket.socket, settings: Frame | None = None) -> Generator[Frame, None, None]:
     """Say what is to be spoken, and how; gives what `received` does."""
     opened.sendall(PREFACE)
     send(opened, settings or Frame(SETTINGS))
@@ -92,7 +92,7 @@ def _word(text: str) -> bytes:
     return bytes((len(text),)) + text.encode("latin-1")
 
 
-def received(opened: socket.socket) -> Iterator[Frame]:
+def received(opened: socket.socket) -> Generator[Frame, None, None]:
     """Each frame that comes, until the server hangs up."""
     with opened.makefile("rb") as stream, suppress(ConnectionResetError):
         while head := stream.read(9):

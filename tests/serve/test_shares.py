@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import grpc
 import pytest
@@ -28,8 +28,7 @@ MOST, SHARE = 16, 14
 @contextmanager
 def silent_calls(running: Running, method: str, count: int, source: str = "127.0.0.1") -> Iterator[socket.socket]:
     """So many calls have begun, and nothing more is said of them."""
-    with frames.connection(running.server.port, source) as opened:
-        found = frames.begin(opened)
+    with frames.connection(running.server.port, source) as opened, closing(frames.begin(opened)) as found:
         begun = [frames.headers(f"/{SERVICE}/{method}", 1 + 2 * number) for number in range(count)]
         frames.send(opened, *begun, Frame(frames.PING, 0, bytes(8)))
         next(frame for frame in found if frame.kind == frames.PING and frame.flags == frames.ACKNOWLEDGED)
@@ -72,8 +71,11 @@ def test_fault_30_a_message_that_does_not_come_is_not_waited_for(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.wire.MESSAGE", 0.2)
-    with serving(served, SMALL) as running, frames.connection(running.server.port) as opened:
-        found = frames.begin(opened)
+    with (
+        serving(served, SMALL) as running,
+        frames.connection(running.server.port) as opened,
+        closing(frames.begin(opened)) as found,
+    ):
         frames.send(opened, frames.headers(f"/{SERVICE}/Generate", 1))
         ended = next(frame for frame in found if frame.stream == 1 and frame.flags & frames.END_STREAM)
         assert ended.kind == frames.HEADERS
@@ -87,18 +89,21 @@ def test_fault_29_answers_that_nobody_reads_are_not_piled_up(
     request = pb.GenerateRequest(source="abcdefgh").SerializeToString()
     nothing = Frame(frames.SETTINGS, 0, frames.INITIAL_WINDOW_SIZE.to_bytes(2) + (0).to_bytes(4))
     with serving(served) as running:
-        with frames.connection(running.server.port) as opened:
-            found = frames.begin(opened, nothing)
+        with (
+            frames.connection(running.server.port) as opened,
+            closing(frames.begin(opened, nothing)) as found,
+        ):
             for stream in range(1, 81, 2):
                 frames.call(opened, f"/{SERVICE}/Generate", request, stream)
             # Of refusals there is nothing to read but how they end.
             next(frame for frame in found if frame.stream and frame.flags & frames.END_STREAM)
             assert "answers of 0 MiB have not been read by their clients: read them first" in refused(running)
-            with frames.connection(running.server.port, ELSEWHERE) as other:
-                got = frames.begin(other)
+            with (
+                frames.connection(running.server.port, ELSEWHERE) as other,
+                closing(frames.begin(other)) as got,
+            ):
                 frames.call(other, f"/{SERVICE}/Generate", pb.GenerateRequest(source="a").SerializeToString())
                 assert next(frame for frame in got if frame.stream == 1 and frame.kind == frames.DATA).payload
-            opened.shutdown(socket.SHUT_RDWR)
         assert until_answered(running)
 
 
