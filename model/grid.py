@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from model.steps import NO_FAMILIES, Family, GreedySteps, Memory, Question, Step, StepModel, StepsAhead
-from model.store import ArrayStore, Store, larger
+from model.store import ArrayStore, Store, larger, more_room
 
 SMALLEST_RING = 16
 """Columns of a ring to begin with, and the unit that it grows by."""
@@ -224,7 +224,7 @@ class Grid:
         if source > self._mask.shape[1]:
             source = _rounded(source, SOURCE_UNIT)
         if count > len(self._mask) or source > self._mask.shape[1]:
-            room = max(count, len(self._mask) * 3 // 2, len(self._visible))
+            room = more_room(len(self._mask), count)
             self._mask = larger(self._mask, (room, source))
             self._visible = larger(self._visible, (room, *self._visible.shape[1:]))
         width = int(lengths.max())
@@ -241,7 +241,7 @@ class Grid:
         self.age, self._lengths = self.age[: self.count], self._lengths[: self.count]
         source, ring = int(self._lengths.max()), _rounded(int(self.age.max()) + 1, SMALLEST_RING)
         if 2 * source <= self._mask.shape[1]:
-            self._mask = self._mask[: self.count, :source].copy()
+            self._mask, self._visible = self._mask[: self.count, :source].copy(), self._visible[: self.count].copy()
             self._store.narrow(source)
         if 2 * ring <= self.ring:
             self._resize(ring)

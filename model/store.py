@@ -92,7 +92,7 @@ class ArrayStore:
         taken, count = np.asarray(sentences), self._count + len(sentences)
         width = min(source, memory.source_mask.shape[1])
         if count > self._room or source > self._source:
-            self._reserve(max(count, self._room * 3 // 2), source)
+            self._reserve(more_room(self._room, count), source)
         new = slice(self._count, count)
         for tensor, arriving, kept in zip(self._memory, memory.tensors, self._model.memory, strict=True):
             cut = _first(kept, width)
@@ -179,6 +179,11 @@ class ArrayStore:
 def _first(kept: Kept, source: int) -> tuple[slice, ...]:
     """The first source columns, and all of the rest."""
     return tuple(slice(source) if size == "source" else slice(None) for size in kept)
+
+
+def more_room(room: int, count: int) -> int:
+    """Room for so many sentences, where there was some: more than is needed, unless that is enough."""
+    return room if count <= room else max(count, room * 3 // 2)
 
 
 def larger(array: Array, shape: tuple[int, ...]) -> Array:

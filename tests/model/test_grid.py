@@ -9,6 +9,7 @@ import pytest
 from model.grid import SMALLEST_RING, Grid
 from model.search import Decoding, SearchOptions, Sentence
 from model.steps import ALL_FAMILIES, Array, pad
+from model.store import ArrayStore
 from model.vocabulary import BEGIN, END
 from tests.model.searching import SOURCES, alone, assert_same, options, steps
 from tests.model.steps import Prefix, RowModel, SeedModel
@@ -185,3 +186,19 @@ def test_long_answers_and_short_ones_are_what_they_are_alone(longest: int, beam_
     assert model.shapes[-1][0] == SMALLEST_RING * beam_size, "the long one has left"
     for source, chosen, sentence in joined:
         assert_same(sentence.results(), alone(fresh(), source, chosen))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("width", [1, 3])
+def test_what_never_runs_empty_keeps_room_for_few_more_than_there_are(width: int, kind: str) -> None:
+    """Whatever lengths come and go: room made for wider sources is not room for more of them."""
+    follower, draw, most = Follower(MODELS[kind](3), width), np.random.default_rng(5), 6
+    for _ in range(300):
+        while len(follower.sources) < most:
+            follower.join([*draw.integers(4, 7, draw.integers(0, 40)).tolist(), END])
+        follower.step()
+        grid, store = follower.grid, follower.grid._store
+        assert isinstance(store, ArrayStore)
+        rooms = [len(array) for array in (grid._mask, grid._visible, *store._memory, *store._state)]
+        assert max(rooms) <= most * 3 // 2
+        follower.leave(*draw.choice(most, draw.integers(1, most), replace=False).tolist())
