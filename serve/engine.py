@@ -12,7 +12,7 @@ import time
 from model.errors import InvalidRequestError
 from model.steps import StepModel
 from serve.batcher import Batcher, Counts
-from serve.errors import FAILED, STOPPING, EngineFailedError, ShuttingDownError
+from serve.errors import FAILED, STOPPING, EngineFailedError, ServeError, ShuttingDownError
 from serve.jobs import EngineLimits, Job, Ticket
 from serve.waiting import Waiting
 
@@ -122,6 +122,16 @@ class Engine:
             self._changed.notify()
         return ticket
 
+    def refusal(self, client: str, deadline: float | None) -> ServeError | None:
+        """Why a job of which only this is known would not be queued, as far as that can be told; None if it may be.
+
+        Args:
+            client: see `Job`.
+            deadline: see `Job`.
+        """
+        with self._changed:
+            return self._queue.refusal(client, deadline)
+
     def _check_shortlist(self, job: Job) -> None:
         if not job.shortlist:
             return
@@ -175,12 +185,11 @@ class Engine:
             return chosen
 
     def _learn(self) -> None:
-        """Tell the queue of those that have had their answer since the last time."""
+        """Tell the queue of those that have been answered or given up since the last time."""
         done = [ticket for ticket in self._begun if ticket.future.done()]
         self._begun = [ticket for ticket in self._begun if not ticket.future.done()]
         for ticket in done:
-            if not ticket.future.cancelled() and ticket.future.exception() is None:
-                self._queue.answered(ticket)
+            self._queue.answered(ticket)
 
     def _goes_with(self, chosen: list[Ticket], ticket: Ticket) -> bool:
         # Whose turn it is, goes first, even where a smaller one behind would fit: nobody waits for ever.

@@ -151,21 +151,32 @@ class Ticket:
     Attributes:
         future: its result, or what went wrong.
         request: the call that it is for; None where it is for none.
+        promised: when it came, its answer was expected in time.
     """
 
     job: Job
     future: "Future[Decoded]" = field(default_factory=Future)
     request: Request | None = field(default_factory=current)
+    promised: bool = False
     _arrived: float = field(default_factory=time.monotonic)
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _begun: float | None = None
     _finished: float | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
+    _tell: "Callable[[Ticket], object] | None" = None
 
     def cancel(self) -> None:
         """Give the job up: it leaves the queue, or its batch at the next step. Harmless when it is done."""
         self._cancelled.set()
         self.future.cancel()
+        if (tell := self._tell) is not None:
+            tell(self)
+
+    def when_cancelled(self, tell: "Callable[[Ticket], object] | None") -> None:
+        """Have something told as soon as it is given up, at once if it was; None to have nothing told any more."""
+        self._tell = tell
+        if tell is not None and self.cancelled:
+            tell(self)
 
     @property
     def cancelled(self) -> bool:

@@ -3,14 +3,18 @@
 Who is next: of the clients that wait, the one that has had least so far, in tokens, counted from when it came back
 (start-time fair queueing, Goyal et al. 1996); of those that had alike, and within one client, the earliest deadline.
 So one client alone, or many that ask for as much, are served by deadline; one that asks for more waits for the others.
+
+Under overload every call looks at the queue, and most are turned away: such a look costs by the clients that wait, and
+by what leaves, not by all that waits.
 """
 
 import heapq
 import itertools
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
-from serve.errors import ExpiredError, QueueFullError
+from serve.errors import ExpiredError, QueueFullError, ServeError
 from serve.jobs import EngineLimits, Ticket
 
 FORGETTING = 0.2
@@ -28,6 +32,14 @@ REMEMBERED = 4096
 HOPELESS = 0.5
 """Who has less time left than this share of what answers take lately, is not begun while others wait."""
 
+LATE, IN_TIME, MOST_CAUTION = 1.1, 0.999, 4.0
+"""What an answer that comes too late, and one in time, multiply the caution by: it stays where one in a hundred is
+late. By that, expectations are longer than what was seen: whoever is let in and comes too late has cost what another
+could have had."""
+
+SPARE = 0.05
+"""Share of its time that is to be left when an answer is ready: it has a way to go, and is late if less is."""
+
 DROPPED = "the deadline passed before the request's turn came"
 """What is said of those that expired in the queue."""
 
@@ -40,7 +52,7 @@ class Outflow:
 
     def __init__(self) -> None:
         self._pace, self._recent, self._since = 0.0, 0.0, time.monotonic()
-        self._decoding = 0.0
+        self._decoding, self._usual, self._caution = 0.0, 0.0, 1.0
 
     def began(self) -> None:
         """The queue is no longer empty: how fast it emptied some time ago says little of now."""
@@ -57,18 +69,29 @@ class Outflow:
         self._recent += (pace - self._recent) * (weight if self._recent else 1.0)
         self._since = now
 
+    def came(self, *, in_time: bool) -> None:
+        """The answer of one that was expected to be in time has come; or it was given up, too late."""
+        self._caution = min(MOST_CAUTION, max(1.0, self._caution * (IN_TIME if in_time else LATE)))
+
     def answered(self, ticket: Ticket) -> None:
         """One that had left the queue has been decoded."""
+        seconds = ticket.timings.decode
+        self._usual += (seconds - self._usual) * (FORGETTING if self._usual else 1.0)
         if ticket.job.target is None:
-            pace = ticket.timings.decode / len(ticket.job.source)
+            pace = seconds / len(ticket.job.source)
             self._decoding += (pace - self._decoding) * (FORGETTING if self._decoding else 1.0)
 
-    def expected(self, count: float) -> float:
-        """Seconds until so many more have left, by what was seen since it began; 0 where nothing was."""
-        return count * self._recent
+    def expected(self, count: float, ticket: Ticket | None = None) -> float:
+        """Seconds until so many more have left and the answer is ready, with caution; 0 where nothing was seen.
+
+        Args:
+            count: how many are ahead.
+            ticket: whose answer; None for a usual one.
+        """
+        return self._caution * (count * self._recent + (self._usual if ticket is None else self.decoding(ticket)))
 
     def decoding(self, ticket: Ticket) -> float:
-        """Seconds that the answer takes after that, by those of late and the length of the source; 0 where none was."""
+        """Seconds that an answer takes, by those of late and the length of the source; 0 where none was."""
         return self._decoding * len(ticket.job.source) if ticket.job.target is None else 0.0
 
     def advice(self, count: float) -> float:
@@ -83,7 +106,13 @@ class _Client:
     start: float = 0.0
     """Tokens that it has had, on the scale of all: whoever has least is next."""
     heap: list[tuple[float, int, Ticket]] = field(default_factory=list)
-    """When each is due, a number to tell them apart, the ticket."""
+    """When each is due, a number to tell them apart, the ticket. The first one waits; of the others, those that were
+    cancelled have left the queue all the same."""
+    left: int = 0
+    """How many these are."""
+
+    def __len__(self) -> int:
+        return len(self.heap) - self.left
 
 
 class Waiting:
@@ -105,11 +134,12 @@ class Waiting:
         self._numbers = itertools.count()
         self._outflow = Outflow()
         self._now = 0.0
-        self._count = 0
+        self._waiting = set[Ticket]()
+        self._cancelled = deque[Ticket]()  # of these, or of what waited once: told from any thread
         self.tokens, self.bytes = 0, 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._waiting)
 
     def add(self, ticket: Ticket) -> None:
         """Let one in.
@@ -118,12 +148,11 @@ class Waiting:
             QueueFullError: too much waits, or too much of this client.
             ExpiredError: its deadline has passed, or would before its answer was ready.
         """
-        if self._over(ticket) is not None:
-            self.drop_unwanted()
+        self.drop_unwanted()
         if (refusal := self._over(ticket)) is not None:
-            raise QueueFullError(f"{refusal}: retry later", self._outflow.advice(self._count / 2))
+            raise self._full(refusal)
         self._check_deadline(ticket)
-        if not self._count:
+        if not self._waiting:
             self._outflow.began()
         name = ticket.job.client
         if name not in self._clients:
@@ -133,7 +162,30 @@ class Waiting:
         heapq.heappush(client.heap, (ticket.due, next(self._numbers), ticket))
         if client.heap[0][-1] is ticket:
             self._line_up(name)
-        self._counted(ticket, 1)
+        self._enter(ticket)
+
+    def refusal(self, name: str, deadline: float | None) -> ServeError | None:
+        """Why one of which only this is known would not be let in, as far as that can be told; None where it may be.
+
+        Args:
+            name: of its client.
+            deadline: see `Job`.
+        """
+        self.drop_unwanted()
+        client = self._clients.get(name)
+        if len(self) >= self._limits.queue:
+            return self._full(f"{len(self)} requests are waiting, the limit is {self._limits.queue}")
+        if client is None:  # it may be its turn
+            return None
+        if len(client) >= self._limits.waiting_of_a_client:
+            return self._full(self._too_many(client))
+        if deadline is None:
+            return None
+        before = sum(due <= deadline for due, *_ in client.heap)
+        # As many of every other client: where all ask for as much, that is what being fair comes to.
+        wait = self._outflow.expected(sum(min(before, len(one)) for one in self._clients.values()))
+        left = deadline - time.monotonic()
+        return ExpiredError(_too_late(wait, left)) if before and wait >= left else None
 
     def first(self) -> Ticket | None:
         """Whose turn it is; None where nobody waits."""
@@ -151,11 +203,10 @@ class Waiting:
             raise IndexError("nobody waits")
         *_, name = heapq.heappop(self._order)
         client = self._clients[name]
-        _, _, ticket = heapq.heappop(client.heap)
+        _, _, ticket = client.heap[0]
         self._now = client.start
         client.start += ticket.job.tokens
-        self._line_up(name)
-        self._counted(ticket, -1)
+        self._leave(ticket)
         return ticket
 
     def took(self, count: int) -> None:
@@ -163,39 +214,58 @@ class Waiting:
         self._outflow.took(count)
 
     def answered(self, ticket: Ticket) -> None:
-        """One that was taken has its answer."""
-        self._outflow.answered(ticket)
+        """One that was taken has been answered, has failed or was given up."""
+        answered = not ticket.future.cancelled() and ticket.future.exception() is None
+        self._came(ticket, answered=answered)
+        if answered:
+            self._outflow.answered(ticket)
 
     def drop_unwanted(self) -> None:
-        """Take out what nobody waits for any more; those whose deadline has passed, or is sure to, are told."""
-        for name, client in list(self._clients.items()):
-            kept = [entry for entry in client.heap if not self._dropped(entry[-1])]
-            if len(kept) < len(client.heap):
-                heapq.heapify(kept)
-                client.heap = kept
-                self._line_up(name)
+        """Take out what nobody waits for any more; those whose deadline has passed, or is sure to, are told.
+
+        Of each client the most urgent are looked at. One of the others may be sure to be late too, if its source is
+        longer than theirs; it is found when they have gone.
+        """
+        while self._cancelled:
+            if (ticket := self._cancelled.popleft()) in self._waiting:
+                self._came(ticket, answered=False)
+                self._leave(ticket)
+        for client in list(self._clients.values()):
+            while client.heap and self._dropped(client.heap[0][-1]):
+                pass
 
     def clear(self) -> list[Ticket]:
         """Take all out."""
-        left = [ticket for client in self._clients.values() for _, _, ticket in client.heap]
+        left = list(self._waiting)
         self._clients.clear()
         self._order.clear()
-        self._count = self.tokens = self.bytes = 0
+        self._waiting.clear()
+        self.tokens = self.bytes = 0
         return left
 
     def _dropped(self, ticket: Ticket) -> bool:
         expired = ticket.expired
-        if not (ticket.cancelled or expired or self._hopeless(ticket)):
+        if not (expired or self._hopeless(ticket)):
             return False
-        self._counted(ticket, -1)
-        if not ticket.cancelled:
-            ticket.fail(ExpiredError(DROPPED if expired else TOO_LATE))
+        self._came(ticket, answered=False)
+        self._leave(ticket)
+        ticket.fail(ExpiredError(DROPPED if expired else TOO_LATE))
         return True
 
     def _hopeless(self, ticket: Ticket) -> bool:
         """Others wait, who can have an answer in the time that would be lost with it."""
         left = ticket.left
-        return left is not None and self._count > 1 and left < HOPELESS * self._outflow.decoding(ticket)
+        return left is not None and len(self) > 1 and left < HOPELESS * self._outflow.decoding(ticket)
+
+    def _came(self, ticket: Ticket, *, answered: bool) -> None:
+        """Learn from what has become of one; who gave up before the deadline says nothing of that."""
+        left = ticket.left
+        if not ticket.promised or left is None:
+            return
+        if answered:
+            self._outflow.came(in_time=left >= SPARE * (left + ticket.age))
+        elif left <= 0 or not ticket.cancelled:
+            self._outflow.came(in_time=False)
 
     def _start(self, name: str) -> float:
         """Where a client begins of whom nothing waits: no credit for having been away, but what it had is known."""
@@ -215,50 +285,91 @@ class Waiting:
             while len(self._had) > REMEMBERED:
                 del self._had[next(iter(self._had))]
 
-    def _counted(self, ticket: Ticket, sign: int) -> None:
-        self._count += sign
-        self.tokens += sign * ticket.job.tokens
-        self.bytes += sign * ticket.job.size
+    def _enter(self, ticket: Ticket) -> None:
+        self._waiting.add(ticket)
+        self.tokens += ticket.job.tokens
+        self.bytes += ticket.job.size
+        ticket.when_cancelled(self._cancelled.append)
+
+    def _leave(self, ticket: Ticket) -> None:
+        self._waiting.remove(ticket)
+        ticket.when_cancelled(None)
+        self.tokens -= ticket.job.tokens
+        self.bytes -= ticket.job.size
+        name = ticket.job.client
+        client = self._clients[name]
+        if client.heap[0][-1] is not ticket:
+            client.left += 1
+            if 2 * client.left > len(client.heap):  # what has left is to cost nothing for long
+                client.heap, client.left = [entry for entry in client.heap if entry[-1] in self._waiting], 0
+                heapq.heapify(client.heap)
+            return
+        heapq.heappop(client.heap)
+        while client.heap and client.heap[0][-1] not in self._waiting:
+            heapq.heappop(client.heap)
+            client.left -= 1
+        self._line_up(name)
 
     def _over(self, ticket: Ticket) -> str | None:
         """Which limit it would go beyond, in words. What is over one by itself can wait where nobody else does."""
         limits, job = self._limits, ticket.job
-        if not self._count:
+        if not self._waiting:
             return None
-        if self._count >= limits.queue:
-            return f"{self._count} requests are waiting, the limit is {limits.queue}"
+        if len(self) >= limits.queue:
+            return f"{len(self)} requests are waiting, the limit is {limits.queue}"
         client = self._clients.get(job.client)
-        if client is not None and len(client.heap) >= limits.waiting_of_a_client:
-            return f"{len(client.heap)} requests of this client are waiting, the limit is {limits.waiting_of_a_client}"
+        if client is not None and len(client) >= limits.waiting_of_a_client:
+            return self._too_many(client)
         if self.tokens + job.tokens > limits.queue_tokens:
             return f"requests of {self.tokens} tokens are waiting, the limit is {limits.queue_tokens}"
         if self.bytes + job.size > limits.queue_bytes:
             return f"requests of {self.bytes} bytes are waiting, the limit is {limits.queue_bytes}"
         return None
 
+    def _too_many(self, client: _Client) -> str:
+        limit = self._limits.waiting_of_a_client
+        return f"{len(client)} requests of this client are waiting, the limit is {limit}"
+
+    def _full(self, refusal: str) -> QueueFullError:
+        return QueueFullError(f"{refusal}: retry later", self._outflow.advice(len(self) / 2))
+
     def _check_deadline(self, ticket: Ticket) -> None:
         if ticket.expired:
             raise ExpiredError(DROPPED)
-        left, decoding = ticket.left, self._outflow.decoding(ticket)
-        if left is None or self._outflow.expected(self._count) + decoding < left:
+        if (left := ticket.left) is None:
             return
-        self.drop_unwanted()  # for these nobody waits
-        wait = self._outflow.expected(self._ahead(ticket))
-        if wait and wait + decoding >= left:  # whose turn it is, may try
-            raise ExpiredError(f"{TOO_LATE}: that takes about {wait + decoding:.3g} s, and {left:.3g} s are left")
+        if self._outflow.expected(len(self), ticket) < left:
+            ticket.promised = True
+            return
+        ahead = self._ahead(ticket)
+        wait = self._outflow.expected(ahead, ticket)
+        ticket.promised = wait < left
+        if ahead and not ticket.promised:  # whose turn it is, may try
+            raise ExpiredError(_too_late(wait, left))
 
     def _ahead(self, ticket: Ticket) -> int:
         """How many would go first, if nobody else came."""
         name = ticket.job.client
         own = self._clients.get(name)
-        before = [waiting for due, _, waiting in own.heap if due <= ticket.due] if own else []
-        turn = (own.start if own else self._start(name)) + sum(waiting.job.tokens for waiting in before)
+        before = self._before(own, ticket.due) if own is not None else []
         ahead = len(before)
+        if len(self._clients) == (own is not None):
+            return ahead
+        turn = (self._start(name) if own is None else own.start) + sum(waiting.job.tokens for waiting in before)
         for client in self._clients.values():
             start = client.start
             for due, _, waiting in sorted(client.heap) if client is not own else ():
                 if (start, due) > (turn, ticket.due):
                     break
-                ahead += 1
-                start += waiting.job.tokens
+                if waiting in self._waiting:
+                    ahead += 1
+                    start += waiting.job.tokens
         return ahead
+
+    def _before(self, client: _Client, due: float) -> list[Ticket]:
+        """What waits of a client and is as urgent."""
+        return [entry[-1] for entry in client.heap if entry[0] <= due and entry[-1] in self._waiting]
+
+
+def _too_late(wait: float, left: float) -> str:
+    return f"{TOO_LATE}: that takes about {wait:.3g} s, and {left:.3g} s are left"

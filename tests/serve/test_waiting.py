@@ -146,7 +146,7 @@ def test_what_is_counted_is_what_waits(times: Times, seed: int) -> None:
                 times, length=draw.randint(3, 30), client=draw.choice("abc"), deadline=deadline, size=draw.randint(0, 9)
             )
             waiting.add(one)
-            inside.add(one)
+            inside = {other for other in inside if not other.cancelled and not other.expired} | {one}
         elif action < 0.8 and waiting:
             inside.remove(waiting.take())
             ended += 1
