@@ -16,13 +16,17 @@ from google.protobuf.message import Message
 
 from serve.access import Access, caller_name, forget_caller
 from serve.errors import STOPPING, ShuttingDownError, SlowReaderError
+from serve.gate import Gate
 from serve.observer import Observer
 from serve.shares import UNREAD, Shares
 from serve.status import refuse
-from serve.wire import Begun, Writer, exempt_stream, exempt_unary, rewired
+from serve.wire import Writer, exempt_stream, exempt_unary, rewired
 
 EXEMPT = ("/grpc.health.v1.Health/", "/grpc.reflection.", "/inference.GRPCInferenceService/Server")
 """Calls that are answered even while shutting down."""
+
+Begun = Callable[[str, Any], Awaitable[Exception | None]]
+"""Told of each call's method and context: see `serve.wire.Begun`."""
 
 
 class Calls(grpc.aio.ServerInterceptor):
@@ -34,6 +38,7 @@ class Calls(grpc.aio.ServerInterceptor):
         observer: told of each call's beginning and end.
         write_timeout: see `ServerOptions`.
         access: says who may call what; by default everybody may call everything.
+        gate: says who is turned away before anything is read; by default nobody is.
 
     Attributes:
         stopping: set when no new calls are taken.
@@ -42,11 +47,17 @@ class Calls(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, most: Callable[[], int], observer: Observer, write_timeout: float, access: Access | None = None
+        self,
+        most: Callable[[], int],
+        observer: Observer,
+        write_timeout: float,
+        access: Access | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        self._observer, self._access = observer, access or Access()
+        self._observer, self._access, self._gate = observer, access or Access(), gate
         self._shares, self._exempt = Shares(most, UNREAD), Shares(most, UNREAD)
         self._writer = Writer(write_timeout)
+        self._handlers: dict[tuple[str, Begun], tuple[object, grpc.RpcMethodHandler[Any, Any]]] = {}
         self.stopping = asyncio.Event()
         self.in_flight = 0
         self._last = -math.inf
@@ -60,12 +71,12 @@ class Calls(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Wrap the handler of a call."""
-        return await self._wrapped(continuation, handler_call_details, self._shares.begun)
+        return await self._wrapped(continuation, handler_call_details, self._begun)
 
     @property
     def administrative(self) -> grpc.aio.ServerInterceptor:
         """The same for administrative calls, which are never too many: who is to mend things must get in."""
-        return _Administrative(partial(self._wrapped, begun=lambda _: None))
+        return _Administrative(partial(self._wrapped, begun=_unlimited))
 
     async def _wrapped(
         self,
@@ -76,9 +87,26 @@ class Calls(grpc.aio.ServerInterceptor):
         handler, method = await continuation(details), details.method
         if handler is None:
             return None
-        if method.startswith(EXEMPT):
-            return rewired(handler, exempt_unary, exempt_stream, partial(self._exempt.begun, bounded=False))
-        return rewired(handler, partial(self._wrap_unary, method), partial(self._wrap_stream, method), begun)
+        before, after = self._handlers.get((method, begun), (None, handler))
+        if before is not handler:
+            if method.startswith(EXEMPT):
+                after = rewired(handler, exempt_unary, exempt_stream, self._begun_exempt)
+            else:
+                unary, stream = partial(self._wrap_unary, method), partial(self._wrap_stream, method)
+                after = rewired(handler, unary, stream, partial(begun, method))
+            self._handlers[method, begun] = handler, after
+        return after
+
+    async def _begun(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Exception | None:
+        if (error := self._shares.begun(context)) is not None:
+            return error
+        if self._gate is not None and not self.draining and (refusal := self._gate.refusal(method, context)):
+            refused = self._observer.turned_away(method, context, refusal)
+            await context.abort(refused.code, refused.message, refused.metadata)
+        return None
+
+    async def _begun_exempt(self, context: grpc.aio.ServicerContext[Any, Any]) -> Exception | None:
+        return self._exempt.begun(context, bounded=False)
 
     @property
     def draining(self) -> bool:
@@ -168,6 +196,10 @@ class Calls(grpc.aio.ServerInterceptor):
             del self.peers[peer]
         if self.in_flight == 0:
             self._idle.set()
+
+
+async def _unlimited(_: str, __: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Of calls that are never too many."""
 
 
 class _Administrative(grpc.aio.ServerInterceptor):

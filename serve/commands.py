@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,10 @@ from serve.server import Server, serve_until_signal
 from serve.settings import PREFIX, Settings, read_settings, refuse_service_links, with_flags
 
 log = logging.getLogger(__name__)
+
+SWITCH = 0.0005
+"""Seconds for which one Python thread may keep another waiting; Python's own 5 ms are as long as several decoder steps,
+and each of them may wait for the event loop, and that for each of them."""
 
 
 def _before_variables_are_read(value: Path | None) -> Path | None:
@@ -58,6 +63,7 @@ def serve(
 
 def _run(root: Path, load: Load, settings: Settings) -> None:
     heap.keep_together()
+    sys.setswitchinterval(SWITCH)
     with written(settings.log_format, settings.log_level):
         finished = asyncio.run(_serve(root, load, settings))
     if not finished:

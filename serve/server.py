@@ -26,6 +26,7 @@ from serve.connections import ConnectionLimits
 from serve.engine import Engine
 from serve.errors import AddressError
 from serve.folder import ModelFolder
+from serve.gate import Gate
 from serve.health import Health
 from serve.inference import INFERENCE, InferenceService
 from serve.jobs import EngineLimits
@@ -239,7 +240,8 @@ async def create_server(models: Models, options: ServerOptions, folder: ModelFol
     tls, access = server_tls(options.security), Access(options.security.token_file)
     metrics = Metrics(models)
     observer = Observer(metrics, options.client_header, _tracing(options.otlp_endpoint))
-    calls = Calls(lambda: options.most_calls * max(1, len(models.all)), observer, options.write_timeout, access)
+    gate = Gate(models, access, options.client_header)
+    calls = Calls(lambda: options.most_calls * max(1, len(models.all)), observer, options.write_timeout, access, gate)
     server = known.create([calls], options.connection_limits.arguments())
     _observe(metrics, models, calls, options.limits)
     what = "Entries of the model folder whose newest contents cannot be served."

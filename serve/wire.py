@@ -4,7 +4,7 @@ from __future__ import annotations  # grpc's and asyncio's classes are generic t
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -44,8 +44,8 @@ def checked(read: Read | None, *, streamed: bool) -> Read | None:
 Answer = Callable[[Any, Any], Any]
 """Answers a call: takes its request or requests, or an exception in their place, and its context."""
 
-Begun = Callable[[Any], Exception | None]
-"""Told of a call's context."""
+Begun = Callable[[Any], Awaitable[Exception | None]]
+"""Told of a call's context. It may end the call."""
 
 MESSAGE = 60.0
 """Seconds that the one message of a call may take to come."""
@@ -72,10 +72,12 @@ def rewired(
     coding = checked(handler.request_deserializer, streamed=not single), handler.response_serializer
     before: Any = handler  # of which gRPC's types do not say which answer it has
     if handler.response_streaming:
-        many = _forgetting(stream(before.unary_stream or before.stream_stream))
-        return grpc.stream_stream_rpc_method_handler((_of_one if single else _of_many)(many, begun), *coding)
-    one = _forgetting(unary(before.unary_unary or before.stream_unary))
-    return grpc.stream_unary_rpc_method_handler((_of_one if single else _of_many)(one, begun), *coding)
+        many = stream(before.unary_stream or before.stream_stream)
+        return grpc.stream_stream_rpc_method_handler(
+            _forgetting((_of_one if single else _of_many)(many, begun)), *coding
+        )
+    one = unary(before.unary_unary or before.stream_unary)
+    return grpc.stream_unary_rpc_method_handler(_forgetting((_of_one if single else _of_many)(one, begun)), *coding)
 
 
 def _forgetting(answer: Answer) -> Answer:
@@ -99,7 +101,7 @@ def _of_one(answer: Answer, begun: Begun) -> Answer:
     """Answers a call whose requests are a stream, of which the first is all."""
 
     async def call(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        return await answer(begun(context) or await _read(context), context)
+        return await answer(await begun(context) or await _read(context), context)
 
     return call
 
@@ -117,7 +119,7 @@ async def _read(context: grpc.aio.ServicerContext[Any, Any]) -> Any:
 
 def _of_many(answer: Answer, begun: Begun) -> Answer:
     async def call(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        return await answer(begun(context) or requests, context)
+        return await answer(await begun(context) or requests, context)
 
     return call
 
