@@ -108,13 +108,16 @@ def main(
     seconds: Annotated[float, typer.Option(min=1, help="Of overload.")] = 60.0,
     times: Annotated[float, typer.Option(min=1, help="The load, in capacities.")] = 5.0,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 2.0,
-    beam: Annotated[int, typer.Option(min=1, help="Beam size: the larger, the less the generator has to send.")] = 16,
+    model: Annotated[ModelName, typer.Option(help="Served: the shipped one, or an untrained one for translation.")] = (
+        ModelName.RANDOM
+    ),
+    beam: Annotated[int, typer.Option(min=1, help="Beam size: the larger, the less the generator has to send.")] = 4,
     for_generator: Annotated[int, typer.Option(min=0, help="Processors set aside for the load generator.")] = 1,
     as_json: Annotated[Path, typer.Option("--json", help="Where to.")] = Path("bench/results/overload.json"),
 ) -> None:
-    """Overload a server of the shipped model, and judge what it still does."""
+    """Overload a server, and judge what it still does."""
     console = Console(stderr=True)
-    workload = prepare(ModelName.G2P_EN, ROOT / "build" / "load", reuse=True)
+    workload = prepare(model, ROOT / "build" / "load", reuse=True)
     options = ServingOptions(beam=beam, longest=workload.longest)
     bundle = workload.model_of(ServerName.LIMELIGHT, options.precision)
     server = Server(name=ServerName.LIMELIGHT, python=Path(sys.executable), model=bundle, options=options)
