@@ -19,7 +19,7 @@ from serve.infer import Answers, infer_response, mark_final, understand_batch
 from serve.jobs import Caller, Decoded, Job, Ticket, deadline_in
 from serve.metrics import Metrics
 from serve.model_config import model_config, model_metadata
-from serve.models import Models, Serving
+from serve.models import Models, Serving, is_number
 from serve.pb.inference import grpc_service_pb2 as pb
 from serve.pb.inference import grpc_service_pb2_grpc as rpc
 from serve.repository import load_model, model_index, unload_model
@@ -167,7 +167,7 @@ class InferenceService(rpc.GRPCInferenceServiceServicer):
             InvalidRequestError: the version is neither served nor a number.
         """
         versions = [one.version for one in self._models if one.name == name]
-        if version and not version.isdecimal() and version not in versions:
+        if version and not is_number(version) and version not in versions:
             raise InvalidRequestError(field, f"{version!r} is no version of model {name!r} here, nor a number")
         if not versions:
             raise ModelNotFoundError(f"model {name!r} is not served here")

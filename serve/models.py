@@ -176,7 +176,7 @@ class Models:
     @staticmethod
     def _newest(named: list[Serving]) -> Serving:
         """By number where all versions are numbers; where they are checksums, what was loaded last."""
-        if all(_is_number(one.version) for one in named):
+        if all(is_number(one.version) for one in named):
             return named[-1]
         return max(named, key=lambda one: one.number)
 
@@ -185,11 +185,12 @@ def _total(*counts: Counts) -> Counts:
     return Counts(**{one.name: sum(getattr(count, one.name) for count in counts) for one in fields(Counts)})
 
 
-def _is_number(version: str) -> bool:
+def is_number(version: str) -> bool:
+    """Whether a version is one, in the digits 0 to 9."""
     return version.isascii() and version.isdecimal()
 
 
 def _age(version: str) -> tuple[int, str]:
     """Numbers by their size, however long they are; before them whatever else there is."""
     number = version.lstrip("0")
-    return (len(number), number) if _is_number(version) else (-1, version)
+    return (len(number), number) if is_number(version) else (-1, version)

@@ -246,6 +246,7 @@ MODELS: dict[tuple[str, str], tuple[Any, str]] = {
     ("reversal", "7"): (NOT_FOUND, "model 'reversal' has no version '7' here, only 1"),
     ("reversal", "x"): (INVALID, "'x' is no version of model 'reversal' here, nor a number"),
     ("reversal", "-1"): (INVALID, "'-1' is no version of model 'reversal' here, nor a number"),
+    ("reversal", "١"): (INVALID, "'١' is no version of model 'reversal' here, nor a number"),  # noqa: RUF001
 }
 
 
