@@ -336,6 +336,130 @@ def test_fault_24_who_had_much_and_would_wait_for_all_others_is_told(times: Time
         waiting.add(ticket(times, client="heavy", deadline=times.now + 1.0))
 
 
+def test_fault_24_who_came_too_late_makes_the_queue_careful_and_who_came_in_time_less_so(times: Times) -> None:
+    """Ten leave a second: three quarters of a second are enough behind five, but not if many came too late of late."""
+
+    def lets_in() -> bool:
+        one = ticket(times, deadline=times.now + 0.75)
+        try:
+            waiting.add(one)
+        except ExpiredError:
+            return False
+        one.cancel()
+        return True
+
+    waiting = paced(times)
+    for _ in range(4):
+        waiting.add(ticket(times, client="", deadline=times.now + 0.7))
+    assert lets_in()
+    for _ in range(5):
+        ended(times, waiting, in_time=False)
+    assert not lets_in()
+    for _ in range(1000):
+        ended(times, waiting, in_time=True)
+    assert lets_in()
+
+
+def ended(times: Times, waiting: Waiting, *, in_time: bool) -> None:
+    """One that was expected to come in time has been decoded at once, or given up."""
+    one = ticket(times, deadline=times.now + 1.0)
+    one.promised = True
+    one.begin()
+    if in_time:
+        one.finish(Decoded(None, []))
+        waiting.answered(one)
+        return
+    times.now += 1.0
+    one.fail(ExpiredError("too late"))
+    waiting.answered(one)
+    times.now -= 1.0
+
+
+@pytest.mark.parametrize(
+    ("left", "spared", "learned"), [(1.0, 0.06, False), (1.0, 0.04, True), (0.1, 0.006, False), (0.1, 0.004, True)]
+)
+def test_what_is_ready_at_the_last_moment_counts_as_late(
+    times: Times, left: float, spared: float, learned: bool
+) -> None:
+    waiting = Waiting(EngineLimits())
+    one = ticket(times, deadline=times.now + left)
+    waiting.add(one)
+    waiting.take().begin()
+    times.now += left - spared
+    one.finish(Decoded(None, []))
+    waiting.answered(one)
+    assert (waiting._outflow._caution > 1.0) is learned
+
+
+def test_who_gives_up_early_or_was_promised_nothing_teaches_nothing(times: Times) -> None:
+    waiting = paced(times)
+    decoded(times, waiting, 0.4)
+    patient, hurried = (ticket(times, client=str(left), deadline=times.now + left) for left in (5.0, 0.3))
+    waiting.add(patient)
+    waiting.add(hurried)  # whose turn it is, may try
+    assert [one.promised for one in (patient, hurried)] == [True, False]
+    patient.cancel()
+    times.now += 0.3
+    waiting.drop_unwanted()
+    assert hurried.future.done()
+    assert waiting._outflow._caution == 1.0
+
+
+def test_what_was_cancelled_leaves_nothing_behind(times: Times) -> None:
+    """Behind one that waits for ever, any number may come and go."""
+    waiting = filled(EngineLimits(), ticket(times, deadline=times.now + 1.0))
+    for _ in range(1000):
+        one = ticket(times, deadline=times.now + 1000.0)
+        waiting.add(one)
+        one.cancel()
+    waiting.drop_unwanted()
+    assert len(waiting) == 1
+    assert sum(len(client.heap) for client in waiting._clients.values()) <= 2
+    assert not waiting._cancelled
+
+
+def test_fault_24_who_cannot_be_answered_is_known_by_client_and_deadline(times: Times) -> None:
+    """Ten leave a second: behind five of its own, a client's next takes half a second."""
+    waiting = paced(times)
+    for _ in range(5):
+        waiting.add(ticket(times, client="one", deadline=times.now + 1.0))
+    refusal = waiting.refusal("one", times.now + 1.1)
+    assert refusal is None
+    assert waiting.refusal("one", times.now + 0.3) is None  # more urgent than those that wait
+    times.now += 0.7
+    refusal = waiting.refusal("one", times.now + 0.4)
+    assert isinstance(refusal, ExpiredError)
+    assert str(refusal).startswith("the deadline would pass before the answer is ready: that takes about 0.")
+    assert str(refusal).endswith(" s, and 0.4 s are left")
+    assert waiting.refusal("one", times.now + 0.8) is None
+    assert waiting.refusal("one", None) is None
+    assert waiting.refusal("another", times.now + 0.01) is None  # it may be its turn
+
+
+def test_fault_24_clients_that_ask_for_as_much_are_expected_to_take_turns(times: Times) -> None:
+    """Ten leave a second: behind ten of its own a client waits for a second, and for three where two others wait."""
+    waiting = paced(times)
+    for _ in range(10):
+        waiting.add(ticket(times, client="one", deadline=times.now + 2.0))
+    assert waiting.refusal("one", times.now + 2.0) is None
+    for name in ("two", "three"):
+        for _ in range(10):
+            waiting.add(ticket(times, client=name))
+    assert isinstance(waiting.refusal("one", times.now + 2.0), ExpiredError)
+    assert waiting.refusal("one", times.now + 3.5) is None
+
+
+def test_fault_22_who_finds_the_queue_full_is_known_too(times: Times) -> None:
+    waiting = filled(EngineLimits(queue=3, client_queue=2), ticket(times, client="one"), ticket(times, client="one"))
+    assert str(waiting.refusal("one", None)) == "2 requests of this client are waiting, the limit is 2: retry later"
+    assert waiting.refusal("another", None) is None
+    last = ticket(times, client="another")
+    waiting.add(last)
+    assert str(waiting.refusal("third", None)) == "3 requests are waiting, the limit is 3: retry later"
+    last.cancel()
+    assert waiting.refusal("third", None) is None
+
+
 def test_clients_of_whom_nothing_waits_cost_nothing(times: Times) -> None:
     """Every look at the queue goes over those who wait; of the others, only who had more than these is known."""
     waiting = Waiting(EngineLimits(queue=10 * REMEMBERED))
