@@ -59,10 +59,10 @@ def overloaded(
         patient = {"deadline": 60.0, "keep": 0, "seed": 0}
         try:
             client.run("closed", callers=CALLERS, seconds=WARM_UP, **patient)
-            closed = client.run("closed", callers=CALLERS, seconds=max(5.0, seconds / 6), **patient)
+            closed = client.run("closed", callers=CALLERS, seconds=max(5.0, seconds / 3), **patient)
             capacity = len(closed["latencies"]) / closed["seconds"]
             found = client.run("open", rate=times * capacity, seconds=seconds, seed=1, deadline=deadline, keep=0)
-            after = client.run("closed", callers=CALLERS, seconds=max(5.0, seconds / 6), **patient)
+            after = client.run("closed", callers=CALLERS, seconds=max(5.0, seconds / 3), **patient)
         finally:
             client.close()
         if running.process.poll() is not None:
@@ -112,7 +112,7 @@ def main(
         ModelName.RANDOM
     ),
     beam: Annotated[int, typer.Option(min=1, help="Beam size: the larger, the less the generator has to send.")] = 4,
-    for_generator: Annotated[int, typer.Option(min=0, help="Processors set aside for the load generator.")] = 1,
+    for_generator: Annotated[int, typer.Option(min=0, help="Processors set aside for the load generator.")] = 0,
     as_json: Annotated[Path, typer.Option("--json", help="Where to.")] = Path("bench/results/overload.json"),
 ) -> None:
     """Overload a server, and judge what it still does."""
