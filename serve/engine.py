@@ -186,10 +186,12 @@ class Engine:
 
     def _learn(self) -> None:
         """Tell the queue of those that have been answered or given up since the last time."""
-        done = [ticket for ticket in self._begun if ticket.future.done()]
-        self._begun = [ticket for ticket in self._begun if not ticket.future.done()]
-        for ticket in done:
-            self._queue.answered(ticket)
+        begun, self._begun = self._begun, []
+        for ticket in begun:
+            if ticket.future.done():
+                self._queue.answered(ticket)
+            else:
+                self._begun.append(ticket)
 
     def _goes_with(self, chosen: list[Ticket], ticket: Ticket) -> bool:
         # Whose turn it is, goes first, even where a smaller one behind would fit: nobody waits for ever.

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from serve.access import Access
-from serve.errors import PermissionDeniedError, ServeError, UnauthenticatedError
+from serve.errors import PermissionDeniedError, QueueFullError, ServeError, UnauthenticatedError
 from serve.jobs import deadline_in
 from serve.models import Models
 from serve.service import client_of
@@ -22,11 +22,10 @@ GUARDED = frozenset(
         "/limelight.v1.LimelightService/Generate",
         "/limelight.v1.LimelightService/GenerateChunked",
         "/limelight.v1.LimelightService/GenerateStream",
-        "/limelight.v1.LimelightService/Score",
         "/inference.GRPCInferenceService/ModelInfer",
     )
 )
-"""Calls of one request for an engine. Streams of many have an answer for each."""
+"""Calls of one search. Streams of many have an answer for each, and scoring takes less time than searches tell."""
 
 
 class Gate:
@@ -53,8 +52,8 @@ class Gate:
         except (UnauthenticatedError, PermissionDeniedError):
             return None  # it is told that inside, as always
         client, deadline = client_of(context, self._client_header), deadline_in(context.time_remaining())
-        found = None
-        for engine in engines:
-            if (found := engine.refusal(client, deadline)) is None:
-                return None
-        return found
+        refusals = [engine.refusal(client, deadline) for engine in engines]
+        if None in refusals:
+            return None
+        full = [refusal for refusal in refusals if isinstance(refusal, QueueFullError)]
+        return min(full, key=lambda refusal: refusal.retry_after) if full else refusals[0]

@@ -151,13 +151,13 @@ class Ticket:
     Attributes:
         future: its result, or what went wrong.
         request: the call that it is for; None where it is for none.
-        promised: when it came, its answer was expected in time.
+        expected: seconds that its answer was expected to take when it came, with others ahead; 0 where nothing was.
     """
 
     job: Job
     future: "Future[Decoded]" = field(default_factory=Future)
     request: Request | None = field(default_factory=current)
-    promised: bool = False
+    expected: float = 0.0
     _arrived: float = field(default_factory=time.monotonic)
     _ending: threading.Lock = field(default_factory=threading.Lock)
     _begun: float | None = None

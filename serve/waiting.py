@@ -4,12 +4,13 @@ Who is next: of the clients that wait, the one that has had least so far, in tok
 (start-time fair queueing, Goyal et al. 1996); of those that had alike, and within one client, the earliest deadline.
 So one client alone, or many that ask for as much, are served by deadline; one that asks for more waits for the others.
 
-Under overload every call looks at the queue, and most are turned away: such a look costs by the clients that wait, and
-by what leaves, not by all that waits.
+Under overload every call looks at the queue, and most are turned away: to keep it up to date costs by the clients that
+wait, and by what leaves, not by all that waits.
 """
 
 import heapq
 import itertools
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -29,16 +30,20 @@ UNKNOWN_WAIT = 1.0
 REMEMBERED = 4096
 """Clients that nothing waits of, of which is known that they had more than others."""
 
+ORDER = 64
+"""Turns that may be out of date, besides as many as there are clients, until they are thrown away."""
+
 HOPELESS = 0.5
 """Who has less time left than this share of what answers take lately, is not begun while others wait."""
 
-LATE, IN_TIME, MOST_CAUTION = 1.1, 0.999, 4.0
-"""What an answer that comes too late, and one in time, multiply the caution by: it stays where one in a hundred is
-late. By that, expectations are longer than what was seen: whoever is let in and comes too late has cost what another
-could have had."""
+CAREFUL, MOST_CAUTION, CAREFREE = 1.1, 3.0, 10.0
+"""What an answer that took longer than was expected multiplies the caution by; how far that goes; and the seconds in
+which what is over 1 falls to a third. By the caution, expectations are longer than what was seen: whoever is let in and
+comes too late has cost what another could have had. Deadlines have no part in it: who sets impossible ones teaches
+nothing."""
 
-SPARE = 0.05
-"""Share of its time that is to be left when an answer is ready: it has a way to go, and is late if less is."""
+SHORTER, LONGER = 0.91, 1.01
+"""What an answer that took less, or more, multiplies the time of a short one by: one in ten takes less."""
 
 DROPPED = "the deadline passed before the request's turn came"
 """What is said of those that expired in the queue."""
@@ -52,7 +57,8 @@ class Outflow:
 
     def __init__(self) -> None:
         self._pace, self._recent, self._since = 0.0, 0.0, time.monotonic()
-        self._decoding, self._usual, self._caution = 0.0, 0.0, 1.0
+        self._decoding, self._short = 0.0, 0.0
+        self._caution, self._learned = 1.0, self._since
 
     def began(self) -> None:
         """The queue is no longer empty: how fast it emptied some time ago says little of now."""
@@ -69,26 +75,38 @@ class Outflow:
         self._recent += (pace - self._recent) * (weight if self._recent else 1.0)
         self._since = now
 
-    def came(self, *, in_time: bool) -> None:
-        """The answer of one that was expected to be in time has come; or it was given up, too late."""
-        self._caution = min(MOST_CAUTION, max(1.0, self._caution * (IN_TIME if in_time else LATE)))
+    @property
+    def caution(self) -> float:
+        """What expectations are multiplied by."""
+        return 1.0 + (self._caution - 1.0) * math.exp((self._learned - time.monotonic()) / CAREFREE)
+
+    def came(self, ticket: Ticket) -> None:
+        """One has been answered or given up, which says something of what was expected of it if that has passed."""
+        caution = self.caution
+        if ticket.expected and ticket.age > caution * ticket.expected:
+            self._caution, self._learned = min(MOST_CAUTION, caution * CAREFUL), time.monotonic()
 
     def answered(self, ticket: Ticket) -> None:
         """One that had left the queue has been decoded."""
+        if ticket.job.target is not None:
+            return
         seconds = ticket.timings.decode
-        self._usual += (seconds - self._usual) * (FORGETTING if self._usual else 1.0)
-        if ticket.job.target is None:
-            pace = seconds / len(ticket.job.source)
-            self._decoding += (pace - self._decoding) * (FORGETTING if self._decoding else 1.0)
+        pace = seconds / len(ticket.job.source)
+        self._decoding += (pace - self._decoding) * (FORGETTING if self._decoding else 1.0)
+        self._short = self._short * (SHORTER if seconds < self._short else LONGER) if self._short else seconds
 
     def expected(self, count: float, ticket: Ticket | None = None) -> float:
-        """Seconds until so many more have left and the answer is ready, with caution; 0 where nothing was seen.
+        """Seconds until so many more have left and the answer is ready, by what was seen since it began.
 
         Args:
             count: how many are ahead.
-            ticket: whose answer; None for a usual one.
+            ticket: whose answer; None for a short one.
+
+        Returns:
+            0 where nobody is ahead, or nothing was seen yet.
         """
-        return self._caution * (count * self._recent + (self._usual if ticket is None else self.decoding(ticket)))
+        wait = count * self._recent
+        return wait and wait + (self._short if ticket is None else self.decoding(ticket))
 
     def decoding(self, ticket: Ticket) -> float:
         """Seconds that an answer takes, by those of late and the length of the source; 0 where none was."""
@@ -181,11 +199,11 @@ class Waiting:
             return self._full(self._too_many(client))
         if deadline is None:
             return None
-        before = sum(due <= deadline for due, *_ in client.heap)
-        # As many of every other client: where all ask for as much, that is what being fair comes to.
-        wait = self._outflow.expected(sum(min(before, len(one)) for one in self._clients.values()))
-        left = deadline - time.monotonic()
-        return ExpiredError(_too_late(wait, left)) if before and wait >= left else None
+        before = len(self._before(client, deadline))
+        # As many of each that has had no more: where all ask for as much, that is what being fair comes to.
+        ahead = sum(min(before, len(one)) for one in self._clients.values() if one.start <= client.start)
+        wait, left = self._outflow.caution * self._outflow.expected(ahead), deadline - time.monotonic()
+        return ExpiredError(_too_late(wait, left)) if wait and wait >= left else None
 
     def first(self) -> Ticket | None:
         """Whose turn it is; None where nobody waits."""
@@ -215,20 +233,19 @@ class Waiting:
 
     def answered(self, ticket: Ticket) -> None:
         """One that was taken has been answered, has failed or was given up."""
-        answered = not ticket.future.cancelled() and ticket.future.exception() is None
-        self._came(ticket, answered=answered)
-        if answered:
+        self._outflow.came(ticket)
+        if not ticket.future.cancelled() and ticket.future.exception() is None:
             self._outflow.answered(ticket)
 
     def drop_unwanted(self) -> None:
         """Take out what nobody waits for any more; those whose deadline has passed, or is sure to, are told.
 
         Of each client the most urgent are looked at. One of the others may be sure to be late too, if its source is
-        longer than theirs; it is found when they have gone.
+        longer than theirs; or late, behind one without a deadline that waits for long. It is found when they have gone.
         """
         while self._cancelled:
             if (ticket := self._cancelled.popleft()) in self._waiting:
-                self._came(ticket, answered=False)
+                self._outflow.came(ticket)
                 self._leave(ticket)
         for client in list(self._clients.values()):
             while client.heap and self._dropped(client.heap[0][-1]):
@@ -237,6 +254,8 @@ class Waiting:
     def clear(self) -> list[Ticket]:
         """Take all out."""
         left = list(self._waiting)
+        for ticket in left:
+            ticket.when_cancelled(None)
         self._clients.clear()
         self._order.clear()
         self._waiting.clear()
@@ -247,7 +266,7 @@ class Waiting:
         expired = ticket.expired
         if not (expired or self._hopeless(ticket)):
             return False
-        self._came(ticket, answered=False)
+        self._outflow.came(ticket)
         self._leave(ticket)
         ticket.fail(ExpiredError(DROPPED if expired else TOO_LATE))
         return True
@@ -257,16 +276,6 @@ class Waiting:
         left = ticket.left
         return left is not None and len(self) > 1 and left < HOPELESS * self._outflow.decoding(ticket)
 
-    def _came(self, ticket: Ticket, *, answered: bool) -> None:
-        """Learn from what has become of one; who gave up before the deadline says nothing of that."""
-        left = ticket.left
-        if not ticket.promised or left is None:
-            return
-        if answered:
-            self._outflow.came(in_time=left >= SPARE * (left + ticket.age))
-        elif left <= 0 or not ticket.cancelled:
-            self._outflow.came(in_time=False)
-
     def _start(self, name: str) -> float:
         """Where a client begins of whom nothing waits: no credit for having been away, but what it had is known."""
         return max(self._had.get(name, 0.0), self._now)
@@ -275,6 +284,11 @@ class Waiting:
         """Say anew whose turn is when, after a change to what waits of a client."""
         client = self._clients[name]
         if client.heap:
+            if len(self._order) > 2 * len(self._clients) + ORDER:  # most are out of date
+                self._order = [
+                    (one.start, *one.heap[0][:2], each) for each, one in self._clients.items() if each != name
+                ]
+                heapq.heapify(self._order)
             heapq.heappush(self._order, (client.start, *client.heap[0][:2], name))
             return
         del self._clients[name]
@@ -298,17 +312,16 @@ class Waiting:
         self.bytes -= ticket.job.size
         name = ticket.job.client
         client = self._clients[name]
-        if client.heap[0][-1] is not ticket:
-            client.left += 1
-            if 2 * client.left > len(client.heap):  # what has left is to cost nothing for long
-                client.heap, client.left = [entry for entry in client.heap if entry[-1] in self._waiting], 0
-                heapq.heapify(client.heap)
-            return
-        heapq.heappop(client.heap)
+        client.left += 1
+        first = client.heap[0][-1] is ticket
         while client.heap and client.heap[0][-1] not in self._waiting:
             heapq.heappop(client.heap)
             client.left -= 1
-        self._line_up(name)
+        if 2 * client.left > len(client.heap):  # what has left is to cost nothing for long
+            client.heap, client.left = [entry for entry in client.heap if entry[-1] in self._waiting], 0
+            heapq.heapify(client.heap)
+        if first:
+            self._line_up(name)
 
     def _over(self, ticket: Ticket) -> str | None:
         """Which limit it would go beyond, in words. What is over one by itself can wait where nobody else does."""
@@ -338,14 +351,12 @@ class Waiting:
             raise ExpiredError(DROPPED)
         if (left := ticket.left) is None:
             return
-        if self._outflow.expected(len(self), ticket) < left:
-            ticket.promised = True
-            return
-        ahead = self._ahead(ticket)
-        wait = self._outflow.expected(ahead, ticket)
-        ticket.promised = wait < left
-        if ahead and not ticket.promised:  # whose turn it is, may try
-            raise ExpiredError(_too_late(wait, left))
+        caution, expected = self._outflow.caution, self._outflow.expected(len(self), ticket)
+        if caution * expected >= left:
+            expected = self._outflow.expected(self._ahead(ticket), ticket)
+            if expected and caution * expected >= left:  # whose turn it is, may try
+                raise ExpiredError(_too_late(caution * expected, left))
+        ticket.expected = expected if self._outflow.decoding(ticket) else 0.0
 
     def _ahead(self, ticket: Ticket) -> int:
         """How many would go first, if nobody else came."""

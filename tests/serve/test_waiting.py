@@ -13,7 +13,7 @@ from serve.bundle import ServedModel
 from serve.errors import ExpiredError, QueueFullError
 from serve.jobs import PATIENCE, Decoded, EngineLimits, Ticket
 from serve.pb.limelight.v1 import limelight_pb2 as pb
-from serve.waiting import REMEMBERED, Waiting
+from serve.waiting import MOST_CAUTION, REMEMBERED, Waiting
 from tests.serve.jobs import SHORT, MakeEngine, job, occupied, submitted, tokens
 from tests.serve.running import PATIENCE as PATIENCE_OF_TESTS
 from tests.serve.running import serving
@@ -336,73 +336,58 @@ def test_fault_24_who_had_much_and_would_wait_for_all_others_is_told(times: Time
         waiting.add(ticket(times, client="heavy", deadline=times.now + 1.0))
 
 
-def test_fault_24_who_came_too_late_makes_the_queue_careful_and_who_came_in_time_less_so(times: Times) -> None:
-    """Ten leave a second: three quarters of a second are enough behind five, but not if many came too late of late."""
-
-    def lets_in() -> bool:
-        one = ticket(times, deadline=times.now + 0.75)
-        try:
-            waiting.add(one)
-        except ExpiredError:
-            return False
-        one.cancel()
-        return True
-
+def test_fault_24_answers_that_took_longer_than_expected_make_the_queue_careful_for_a_while(times: Times) -> None:
+    """Ten leave a second: three quarters of one are enough behind five, but not while expectations do not hold."""
     waiting = paced(times)
-    for _ in range(4):
-        waiting.add(ticket(times, client="", deadline=times.now + 0.7))
-    assert lets_in()
     for _ in range(5):
-        ended(times, waiting, in_time=False)
-    assert not lets_in()
-    for _ in range(1000):
-        ended(times, waiting, in_time=True)
-    assert lets_in()
-
-
-def ended(times: Times, waiting: Waiting, *, in_time: bool) -> None:
-    """One that was expected to come in time has been decoded at once, or given up."""
-    one = ticket(times, deadline=times.now + 1.0)
-    one.promised = True
-    one.begin()
-    if in_time:
-        one.finish(Decoded(None, []))
-        waiting.answered(one)
-        return
+        waiting.add(ticket(times, client="one", deadline=times.now + 0.7))
+    assert waiting.refusal("one", times.now + 0.75) is None
+    for _ in range(5):
+        took(times, waiting, expected=0.5, seconds=1.0)
+    assert isinstance(waiting.refusal("one", times.now + 0.75), ExpiredError)
+    with pytest.raises(ExpiredError, match=r"is ready: that takes about 1 s, and 0\.75 s are left$"):
+        waiting.add(ticket(times, client="one", deadline=times.now + 0.75))
+    for _ in range(100):
+        took(times, waiting, expected=0.1, seconds=1.0)
     times.now += 1.0
+    assert waiting._outflow.caution == pytest.approx(MOST_CAUTION)
+    times.now += 50.0
+    assert waiting._outflow.caution < 1.02
+
+
+@pytest.mark.parametrize(("expected", "seconds"), [(0.0, 100.0), (1.0, 0.9)])
+def test_what_took_no_longer_or_was_not_expected_to_end_teaches_nothing(
+    times: Times, expected: float, seconds: float
+) -> None:
+    waiting = paced(times)
+    for _ in range(10):
+        took(times, waiting, expected=expected, seconds=seconds)
+    assert waiting._outflow.caution == 1.0
+
+
+def test_only_who_waits_for_others_and_whose_answer_can_be_foreseen_has_expectations(times: Times) -> None:
+    waiting = paced(times)
+    alone = ticket(times, client="alone", deadline=times.now + 50.0)
+    Waiting(EngineLimits()).add(alone)
+    unforeseen = ticket(times, client="unforeseen", deadline=times.now + 50.0)
+    waiting.add(unforeseen)
+    decoded(times, waiting, 0.4)
+    foreseen = ticket(times, client="foreseen", deadline=times.now + 50.0)
+    waiting.add(foreseen)
+    scored = ticket(times, client="scored", deadline=times.now + 50.0, target=[3])
+    waiting.add(scored)
+    found = [one.expected for one in (alone, unforeseen, foreseen, scored)]
+    assert found == [0.0, 0.0, pytest.approx(0.6), 0.0]
+
+
+def took(times: Times, waiting: Waiting, *, expected: float, seconds: float) -> None:
+    """One of which so much was expected has failed after so many seconds."""
+    one = ticket(times, deadline=times.now + 100.0)
+    one.expected = expected
+    times.now += seconds
     one.fail(ExpiredError("too late"))
     waiting.answered(one)
-    times.now -= 1.0
-
-
-@pytest.mark.parametrize(
-    ("left", "spared", "learned"), [(1.0, 0.06, False), (1.0, 0.04, True), (0.1, 0.006, False), (0.1, 0.004, True)]
-)
-def test_what_is_ready_at_the_last_moment_counts_as_late(
-    times: Times, left: float, spared: float, learned: bool
-) -> None:
-    waiting = Waiting(EngineLimits())
-    one = ticket(times, deadline=times.now + left)
-    waiting.add(one)
-    waiting.take().begin()
-    times.now += left - spared
-    one.finish(Decoded(None, []))
-    waiting.answered(one)
-    assert (waiting._outflow._caution > 1.0) is learned
-
-
-def test_who_gives_up_early_or_was_promised_nothing_teaches_nothing(times: Times) -> None:
-    waiting = paced(times)
-    decoded(times, waiting, 0.4)
-    patient, hurried = (ticket(times, client=str(left), deadline=times.now + left) for left in (5.0, 0.3))
-    waiting.add(patient)
-    waiting.add(hurried)  # whose turn it is, may try
-    assert [one.promised for one in (patient, hurried)] == [True, False]
-    patient.cancel()
-    times.now += 0.3
-    waiting.drop_unwanted()
-    assert hurried.future.done()
-    assert waiting._outflow._caution == 1.0
+    times.now -= seconds
 
 
 def test_what_was_cancelled_leaves_nothing_behind(times: Times) -> None:
